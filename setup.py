@@ -1,0 +1,41 @@
+"""Packaging: the Triton kernels of `kernels/` are installed as `fastsnap.kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastsnap" / "__init__.py").read_text())[1]
+
+setup(
+    name="fastsnap",
+    version=VERSION,
+    description="Train snapshot ensembles fast: one training run, M networks, one table of what they are worth",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # By hand: `kernels` is a popular name on PyPI, so it must never be installed as a top-level package.
+    packages=["fastsnap", "fastsnap.kernels"],
+    package_dir={"fastsnap": "fastsnap", "fastsnap.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.9,<2.15",
+        "torchvision>=0.24,<0.30",
+        "numpy>=1.26,<3",
+        "safetensors>=0.4.5,<1",
+        "rich>=13.7,<16",
+        "matplotlib>=3.8,<4",
+        "scikit-learn>=1.4,<2",
+    ],
+    extras_require={
+        # The wheel must match torch's CUDA; without one, the PyTorch pipeline gives the same batches.
+        "dali": ["nvidia-dali-cuda130>=1.52,<3; platform_system == 'Linux'"],
+        "test": [
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+        ],
+    },
+)
