@@ -1,0 +1,127 @@
+"""ResNets for small images, as the snapshot-ensemble paper trains them (He et al. 2016, section 4.2).
+
+Depth 6n+2: a 3x3 convolution to 16 channels, three stages of n basic blocks with 16k, 32k and 64k channels (k: the width
+multiplier), global average pooling and a linear layer. Initialisation and shortcuts follow the authors' code.
+"""
+
+import difflib
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+STEM_CHANNELS = 16
+SHORTCUTS = ("A", "B", "C")
+SMALLEST_IMAGE = 8  # pixels; the last stage then still sees 2x2
+EXAMPLES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet32x4")
+
+
+def parse_name(name: str) -> tuple[int, int]:
+    """Blocks per stage and width multiplier of a name such as "resnet110" or "resnet32x4".
+
+    Raises ValueError, with the nearest valid names, for anything that is not resnet<6n+2>[x<k>] with n, k >= 1.
+    """
+    match = re.fullmatch(r"resnet(\d{1,4})(?:x(\d{1,3}))?", name)
+    if match:
+        depth, width = int(match[1]), int(match[2] or 1)
+        if depth >= 8 and depth % 6 == 2 and width >= 1:
+            return depth // 6, width
+        blocks = max(1, round((depth - 2) / 6))
+        suffix = f"x{width}" if match[2] and width else ""
+        nearest = [f"resnet{6 * n + 2}{suffix}" for n in (blocks, blocks + 1)]
+    else:
+        nearest = difflib.get_close_matches(name, EXAMPLES, n=3, cutoff=0.4) or list(EXAMPLES)
+    raise ValueError(
+        f"unknown net {name!r}: a net is resnet<6n+2>, optionally x<width multiplier>; nearest: {', '.join(nearest)}"
+    )
+
+
+def _convolution(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.normal_(convolution.weight, std=math.sqrt(2 / (kernel * kernel * out_channels)))
+    return convolution
+
+
+class PaddedIdentity(nn.Module):
+    """Shortcut A: the identity, strided, with zeros for the new channels; it has no parameters."""
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels, self.stride = new_channels, stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        strided = images[:, :, :: self.stride, :: self.stride]
+        return functional.pad(strided, (0, 0, 0, 0, 0, self.new_channels))
+
+
+def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    same_shape = in_channels == out_channels and stride == 1
+    if kind == "C" or (kind == "B" and not same_shape):
+        return nn.Sequential(_convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    return nn.Identity() if same_shape else PaddedIdentity(out_channels - in_channels, stride)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation, and a shortcut around them."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = _convolution(in_channels, out_channels, 3, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _convolution(out_channels, out_channels, 3, 1)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = functional.relu(self.bn1(self.conv1(images)), inplace=True)
+        return functional.relu(self.bn2(self.conv2(hidden)) + self.shortcut(images), inplace=True)
+
+
+class ResNet(nn.Module):
+    """images [N, in_channels, H, W], H and W >= 8 -> logits [N, classes]."""
+
+    def __init__(self, blocks: int, width: int, *, classes: int, in_channels: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = _convolution(in_channels, STEM_CHANNELS, 3, 1)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        channels = STEM_CHANNELS
+        stages = []
+        for stage in range(3):
+            out_channels = STEM_CHANNELS * width * 2**stage
+            strides = [2 if stage else 1] + [1] * (blocks - 1)
+            layers = []
+            for stride in strides:
+                layers.append(BasicBlock(channels, out_channels, stride, shortcut))
+                channels = out_channels
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.linear = nn.Linear(channels, classes)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = functional.relu(self.bn1(self.conv1(images)), inplace=True)
+        return self.linear(self.stages(hidden).mean(dim=(2, 3)))
+
+
+def build_network(name: str, *, classes: int, in_channels: int = 3, shortcut: str = "A", seed: int = 0) -> ResNet:
+    """A freshly initialised network on the CPU; the same seed gives the same weights, whatever was drawn before.
+
+    name         "resnet<6n+2>" or "resnet<6n+2>x<width multiplier>"
+    classes      >= 1
+    in_channels  1 to 3
+    shortcut     "A": strided identity and zero-padded channels; "B": 1x1 convolution + BN where the shape changes;
+                 "C": 1x1 convolution + BN everywhere
+    Raises ValueError for other values.
+    """
+    blocks, width = parse_name(name)
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
+    if not 1 <= in_channels <= 3:
+        raise ValueError(f"in_channels must be 1, 2 or 3, got {in_channels}")
+    if classes < 1:
+        raise ValueError(f"classes must be at least 1, got {classes}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ResNet(blocks, width, classes=classes, in_channels=in_channels, shortcut=shortcut)
