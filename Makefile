@@ -1,0 +1,57 @@
+# fastsnap. Every command makes its environment in .venv first, and does not install twice.
+#
+#   make train                          5 snapshots on scikit-learn's digits, about a minute on two CPU cores
+#   make train DATASET=cifar100 M=5     the paper's recipe
+#   make test                           lint and tests
+#
+# Variables of `make train`, each a flag of `python -m fastsnap.train` (unset: the data set's recipe):
+#   DATASET  M (cycles)  EPOCHS  NET  BATCH  LR  SEED  DATA (folder of the data sets)  OUT (run folder)  ARGS (further flags)
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+flag = $(if $($(1)),$(2) '$($(1))')
+TRAIN_FLAGS = $(call flag,DATASET,--dataset) $(call flag,M,--cycles) $(call flag,EPOCHS,--epochs) $(call flag,NET,--net) \
+  $(call flag,BATCH,--batch-size) $(call flag,LR,--lr) $(call flag,SEED,--seed) $(call flag,DATA,--data) \
+  $(call flag,OUT,--out) $(ARGS)
+
+.PHONY: train eval test lint kernel-report gpu-check apex clean
+
+train: .venv/installed
+	@$(BIN)/python -m fastsnap.train $(TRAIN_FLAGS)
+
+eval: .venv/installed
+	@$(BIN)/python -m fastsnap.ensemble_eval $(OUT) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Registers, memory accesses and launches of the Triton kernels, compiled for three GPUs without one.
+kernel-report: .venv/installed
+	@$(BIN)/python -m fastsnap.kernels.report
+
+# Everything that needs a GPU, into one report file; says so and ends well where there is none.
+gpu-check: .venv/installed
+	@$(BIN)/python benchmarks/gpu_check.py
+
+# NVIDIA's apex with its CUDA extensions, for --update apex and as an opponent in the benchmarks. PyPI's `apex` is
+# something else. Needs nvcc of torch's CUDA version and a GPU to be of use; takes a while.
+APEX_TAG := 25.09
+apex: .venv/installed
+	$(BIN)/python -c "import torch.utils.cpp_extension as e, sys; e.CUDA_HOME or sys.exit('make apex needs the CUDA toolkit (nvcc); none was found')"
+	APEX_CPP_EXT=1 APEX_CUDA_EXT=1 $(BIN)/pip install -v --no-build-isolation \
+	  "git+https://github.com/NVIDIA/apex@$(APEX_TAG)"
+
+.venv/installed: setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dali,test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,81 @@
+"""Progress of a training run: a live bar on a terminal, plain lines in a file."""
+
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+LINE_SECONDS = 5.0  # least time between two lines in a file, so that short epochs do not flood it
+SILENCE_SECONDS = 60.0  # longest time without a line, so that long epochs show that they go on
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run is. `step` counts updates done; `epoch` and `cycle` count from 1; `error` is in percent."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    cycle: int
+    cycles: int
+    learning_rate: float
+    loss: float
+    error: float
+    images_per_second: float
+    seconds_left: float
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration to two units: "45 s", "12 min 5 s", "3 h 20 min", "4 d 2 h"."""
+    whole = round(seconds)
+    for unit, size, lower, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // lower_size} {lower}"
+    return f"{whole} s"
+
+
+def format_status(status: Status) -> str:
+    """One line with everything but the bar."""
+    return (
+        f"epoch {status.epoch:>{len(str(status.epochs))}}/{status.epochs}  cycle {status.cycle}/{status.cycles}  "
+        f"lr {status.learning_rate:.4f}  loss {status.loss:.3f}  error {status.error:4.1f} %  "
+        f"{status.images_per_second:,.0f} images/s  {format_seconds(status.seconds_left)} left"
+    )
+
+
+class ProgressDisplay:
+    """Shows `Status`es; a context manager. Messages go above the bar."""
+
+    def __init__(self, console: Console, first_step: int, steps: int) -> None:
+        self.console = console
+        self._line_time = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(BarColumn(bar_width=None), TextColumn("{task.description}"), console=console, expand=True)
+            self._task = self._bar.add_task("starting", completed=first_step, total=steps)
+
+    def __enter__(self) -> "ProgressDisplay":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, status: Status, *, epoch_ended: bool) -> None:
+        """Move the bar; in a file, add a line when an epoch has ended or much time has passed, but not too often."""
+        if self._bar:
+            self._bar.update(self._task, completed=status.step, description=format_status(status))
+            return
+        silent = time.monotonic() - self._line_time
+        if silent >= SILENCE_SECONDS or (epoch_ended and (silent >= LINE_SECONDS or status.step == status.steps)):
+            self._line_time = time.monotonic()
+            self.message(f"{100 * status.step / status.steps:3.0f} %  {format_status(status)}")
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

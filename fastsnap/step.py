@@ -1,0 +1,112 @@
+"""One training step - forward, loss, backward, update - at the precision asked for; on CUDA as one graph."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+EAGER_STEPS = 3  # before a CUDA graph is captured: cuDNN, the compiler and the allocator settle in them
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda". Raises ValueError for "cuda" where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision for "auto", "bf16", "fp16" or "fp32"; "auto" is bf16 where the device computes in it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+class TrainStep:
+    """Runs training steps and keeps the sums that are logged on the device, so that a step never waits for it.
+
+    network      in channels-last memory on `device`, in training mode
+    optimizer    its step() must compute its own learning rate and, for fp16, read GradScaler's scale on the device
+    precision    "bf16", "fp16" or "fp32"
+    compiled     whether the forward and backward passes go through torch.compile
+    graphed      whether to capture the step in a CUDA graph; batches of another size than the first still run eagerly
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        *,
+        precision: str,
+        compiled: bool,
+        graphed: bool,
+    ) -> None:
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
+        self.optimizer = optimizer
+        self.device = device
+        self.autocast_dtype = AUTOCAST_DTYPES.get(precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of errors
+        self.graphed = graphed
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager_steps = 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Train on images [B, C, H, W], float32, channels-last, and labels [B], int64."""
+        if not self.graphed:
+            self._step(images, labels)
+        elif self._graph is not None and images.shape == self._images.shape:
+            self._replay(images, labels)
+        elif self._graph is None and self._eager_steps >= EAGER_STEPS:
+            self._capture(images, labels)
+            self._replay(images, labels)
+        else:
+            self._step_on_side_stream(images, labels)
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        with torch.autocast(
+            self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None, cache_enabled=False
+        ):
+            logits = self.forward(images)
+        logits = logits.float()
+        loss = functional.cross_entropy(logits, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.totals[0] += loss.detach() * len(labels)
+        self.totals[1] += (logits.detach().argmax(dim=1) != labels).sum()
+
+    # -- CUDA graph. A replay trains on whatever lies in the static batch; the learning rate comes from the optimiser's step
+    #    counter on the device, so that nothing in the graph depends on the step.
+
+    def _step_on_side_stream(self, images: Tensor, labels: Tensor) -> None:
+        # Autograd remembers the stream that its leaves were first used on; a capture needs it not to be the default one.
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(images, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._eager_steps += 1
+
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
+        self._images = images.clone(memory_format=torch.channels_last)
+        self._labels = labels.clone()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the data pipeline's threads go on using CUDA while this thread captures.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step(self._images, self._labels)
+        self._graph = graph
+
+    def _replay(self, images: Tensor, labels: Tensor) -> None:
+        assert self._graph is not None
+        self._images.copy_(images)
+        self._labels.copy_(labels)
+        self._graph.replay()

@@ -1,0 +1,208 @@
+"""Train a snapshot ensemble: `python -m fastsnap.train --help`.
+
+One run trains, saves a snapshot at the end of each learning-rate cycle, and evaluates the ensemble. The same command again goes on
+with an unfinished run, to the same bits, and evaluates a finished one.
+"""
+
+import dataclasses
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastsnap import __version__
+from fastsnap.config import TrainConfig, differences, parse_arguments
+from fastsnap.datasets import Dataset, load_dataset
+from fastsnap.ensemble_eval import report_run
+from fastsnap.flat import FlatParameters
+from fastsnap.models import build_network
+from fastsnap.optim import SnapshotSGD
+from fastsnap.pipeline import make_pipeline
+from fastsnap.progress import ProgressDisplay
+from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.schedule import Schedule
+from fastsnap.step import TrainStep, choose_device, choose_precision
+from fastsnap.trainer import Trainer, TrainingStopped
+
+
+def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:
+    """A trainer at step 0. `config` has no "auto" left: see `settle`."""
+    device = torch.device(config.device)
+    pipeline = make_pipeline(
+        dataset.train,
+        batch_size=config.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=device,
+        seed=config.seed,
+        padding=dataset.padding,
+        flip=dataset.flip,
+        loader=config.loader,
+    )
+    schedule = Schedule(
+        config.schedule, config.epochs * pipeline.steps_per_epoch, config.cycles, config.learning_rate
+    )
+    network = build_network(
+        config.net,
+        classes=len(dataset.classes),
+        in_channels=dataset.train.images.shape[3],
+        shortcut=config.shortcut,
+        seed=config.seed,
+    )
+    network = network.to(device, memory_format=torch.channels_last).train()
+    optimizer = _build_optimizer(config, network, schedule)
+    train_step = TrainStep(
+        network,
+        optimizer,
+        device,
+        precision=config.precision,
+        compiled=config.compile == "on",
+        graphed=device.type == "cuda" and config.update == "fused",
+    )
+    return Trainer(network, optimizer, train_step, pipeline, schedule, len(dataset.train.labels), folder)
+
+
+def _build_optimizer(config: TrainConfig, network: torch.nn.Module, schedule: Schedule) -> Any:
+    flat = FlatParameters(network.named_parameters())
+    options = {
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+        "nesterov": config.momentum > 0,
+        "flat": flat,
+    }
+    if config.update == "apex":
+        from fastsnap.apex import ApexSGD  # NVIDIA's apex is optional
+
+        return ApexSGD(network.parameters(), schedule, **options)
+    return SnapshotSGD(network.named_parameters(), schedule, **options)
+
+
+def settle(config: TrainConfig) -> TrainConfig:
+    """`config` with every "auto" replaced by what it means on this machine."""
+    device = choose_device(config.device)
+    compiled = ("on" if device.type == "cuda" else "off") if config.compile == "auto" else config.compile
+    precision = choose_precision(config.precision, device)
+    return dataclasses.replace(config, device=device.type, precision=precision, compile=compiled)
+
+
+def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
+    """Train, or go on training, what `config` describes; returns the run folder and the data set.
+
+    Raises ValueError for anything that cannot be done as asked, TrainingStopped after SIGTERM or Ctrl-C.
+    """
+    config = settle(config)
+    folder = RunFolder(config.out)
+    if folder.exists():
+        _require_same(config, folder)
+    dataset = load_dataset(
+        config.dataset,
+        config.data,
+        validation=config.validation,
+        train_images=config.train_images,
+        seed=config.seed,
+    )
+    with folder.locked():
+        trainer = build_trainer(config, dataset, folder)
+        _print_summary(console, config, dataset, trainer)
+        if not folder.exists():
+            folder.write_json("config.json", describe(config, dataset))
+        resumed = trainer.resume()
+        if trainer.step == trainer.schedule.steps:
+            console.print(f"this run is finished: {folder.path}", highlight=False)
+            return folder, dataset
+        if resumed:
+            epoch = trainer.step // trainer.pipeline.steps_per_epoch
+            console.print(
+                f"going on after step {trainer.step:,} (epoch {epoch:,} done): {folder.path}", highlight=False
+            )
+        with ProgressDisplay(console, trainer.step, trainer.schedule.steps) as display:
+            trainer.run(display)
+    return folder, dataset
+
+
+def _require_same(config: TrainConfig, folder: RunFolder) -> None:
+    different = differences(config, folder.config())
+    if different:
+        fields = "; ".join(f"{name}: {asked} asked for, {saved} there" for name, (asked, saved) in different.items())
+        raise RunError(
+            f"{folder.path} holds a run of another configuration ({fields}). Choose another --out (make: OUT=...), or give "
+            "the same values to go on with it"
+        )
+
+
+def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """config.json: the configuration, the data it was trained on, and the versions that trained it."""
+    images = {"train": len(dataset.train.labels), "test": len(dataset.test.labels)}
+    if dataset.validation is not None:
+        images["validation"] = len(dataset.validation.labels)
+    return dataclasses.asdict(config) | {
+        "images": images,
+        "classes": len(dataset.classes),
+        "data_source": dataset.source,
+        "versions": {
+            "fastsnap": __version__,
+            "git": _git_revision(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of this source tree; None for an installed package."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _print_summary(console: Console, config: TrainConfig, dataset: Dataset, trainer: Trainer) -> None:
+    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+    height, width, channels = dataset.train.images.shape[1:]
+    held_out = f", {config.validation:,} held out" if config.validation else ""
+    schedule = trainer.schedule
+    kind = "cosine cycles" if config.schedule == "snapshot" else "snapshots of the standard schedule"
+    device_name = torch.cuda.get_device_name() if config.device == "cuda" else f"{torch.get_num_threads()} threads"
+    rows = {
+        "data": f"{config.dataset}, {len(dataset.train.labels):,} training images {height}x{width}x{channels}{held_out}, "
+        f"{len(dataset.test.labels):,} test images, {len(dataset.classes)} classes ({dataset.source})",
+        "net": f"{config.net}, {parameters:,} parameters, shortcut {config.shortcut}",
+        "device": f"{config.device} ({device_name}), {config.precision}, channels-last"
+        + (", compiled, CUDA graph" if config.device == "cuda" and config.compile == "on" else ""),
+        "pipeline": trainer.pipeline.name,
+        "update": f"{config.update}, SGD momentum {config.momentum}, weight decay {config.weight_decay}",
+        "schedule": f"{config.schedule}: {schedule.steps:,} steps of {config.batch_size} images = {config.epochs} epochs, "
+        f"{config.cycles} {kind}, lr {config.learning_rate}",
+        "run": f"{trainer.folder.path}, seed {config.seed}",
+    }
+    for name, text in rows.items():
+        console.print(f"{name:9s} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one."""
+    console = Console()
+    try:
+        config = parse_arguments(arguments)
+        folder, dataset = train(config, console)
+        report_run(folder, dataset=dataset, device=torch.device(settle(config).device), console=console)
+    except TrainingStopped as stopped:
+        console.print(f"stopped by {stopped}; a checkpoint is saved. Run the same command again to go on", highlight=False)
+        return 128 + stopped.signal_number
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

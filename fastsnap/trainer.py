@@ -1,0 +1,269 @@
+"""The training loop: a network, its optimiser and its batches, from any step to the last, saving what the run folder keeps."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from torch import Tensor, nn
+
+from fastsnap.pipeline import Pipeline
+from fastsnap.progress import ProgressDisplay, Status, format_seconds
+from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.schedule import Schedule
+from fastsnap.step import TrainStep
+
+LOG_STEPS = 50  # most steps between two looks at the loss: each one waits for the device
+LOG_SECONDS = 2.0  # most seconds between two looks, for slow steps
+CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epochs
+WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
+ESTIMATE_STEPS = 8  # steps of a session after which the time is estimated
+LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
+
+
+class TrainingDiverged(RunError):
+    """The loss became NaN or infinite."""
+
+
+class TrainingStopped(Exception):
+    """SIGTERM or Ctrl-C arrived, and a checkpoint was saved; `signal_number` says which."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+@dataclass
+class Look:
+    """What was read from the device at the last look at the loss."""
+
+    step: int
+    time: float
+    loss_sum: float = 0.0
+    errors: float = 0.0
+    images: int = 0
+
+
+class Trainer:
+    """A training run at some step.
+
+    network    the plain module; its parameters are views of optimizer.flat
+    optimizer  fastsnap.optim.SnapshotSGD, or fastsnap.apex.ApexSGD, which has the same state
+    pipeline   batches of `images` training images
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer,
+        train_step: TrainStep,
+        pipeline: Pipeline,
+        schedule: Schedule,
+        images: int,
+        folder: RunFolder,
+    ) -> None:
+        self.network, self.optimizer, self.train_step = network, optimizer, train_step
+        self.pipeline, self.schedule, self.images, self.folder = pipeline, schedule, images, folder
+        self.step = 0  # updates done
+        self.seconds = 0.0  # spent training until the current session
+        self.epoch_seconds = 0.0  # of them, in the current epoch
+
+    # -- the loop
+
+    def run(self, display: ProgressDisplay) -> None:
+        """Train from `self.step` to the last. Raises TrainingStopped, TrainingDiverged, and RunError if saving fails."""
+        self._first_step = self.step
+        self._session_start = self._epoch_start = self._checkpoint_time = time.perf_counter()
+        self._warm = (self.step, self._session_start)
+        self._estimated = False
+        images = self.step % self.pipeline.steps_per_epoch * self.pipeline.batch_size
+        self._look = Look(self.step, self._session_start, *self.train_step.totals.tolist(), images)
+        with _stop_signals() as stop:
+            while self.step < self.schedule.steps:
+                for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
+                    self.train_step(images, labels)
+                    self.step += 1
+                    self._after_step(display, stop.signal_number)
+
+    def _after_step(self, display: ProgressDisplay, stop_signal: int | None) -> None:
+        now = time.perf_counter()
+        epoch_ended = self.step % self.pipeline.steps_per_epoch == 0
+        cycle_ended = self.schedule.ends_cycle(self.step - 1)
+        stopping = stop_signal is not None
+        checkpoint_due = epoch_ended or stopping or now - self._checkpoint_time >= CHECKPOINT_SECONDS
+        look_due = self.step - self._look.step >= LOG_STEPS or now - self._look.time >= LOG_SECONDS
+        if self.step == self._first_step + WARM_UP_STEPS:
+            self._warm = (self.step, now)
+        # Nothing is saved that was not looked at: a diverged network never replaces a good checkpoint or snapshot.
+        if cycle_ended or checkpoint_due or look_due:
+            self._look_at_loss(display, epoch_ended)
+        if cycle_ended:
+            self._save_snapshot(display)
+        if epoch_ended:
+            self._end_epoch()
+        if checkpoint_due:
+            self.save_checkpoint()
+        if stopping and self.step < self.schedule.steps:
+            raise TrainingStopped(stop_signal)
+
+    def _look_at_loss(self, display: ProgressDisplay, epoch_ended: bool) -> None:
+        loss_sum, errors = self.train_step.totals.tolist()  # waits for the device
+        before, self._look = self._look, Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen())
+        if not math.isfinite(loss_sum):
+            raise TrainingDiverged(
+                f"the loss became NaN or infinite between steps {before.step + 1} and {self.step} "
+                f"(epoch {self._epoch()}, cycle {self._cycle()}); the {len(self.folder.snapshots())} snapshots saved before "
+                f"are kept in {self.folder.path}. Try a lower --lr or --precision fp32, with another --out"
+            )
+        images = max(1, self._look.images - before.images)
+        status = Status(
+            step=self.step,
+            steps=self.schedule.steps,
+            epoch=self._epoch(),
+            epochs=-(-self.schedule.steps // self.pipeline.steps_per_epoch),
+            cycle=self._cycle(),
+            cycles=self.schedule.cycles,
+            learning_rate=self.schedule.rate(self.step - 1),
+            loss=(loss_sum - before.loss_sum) / images,
+            error=100 * (errors - before.errors) / images,
+            images_per_second=images / max(self._look.time - before.time, 1e-9),
+            seconds_left=self._seconds_left(),
+        )
+        display.show(status, epoch_ended=epoch_ended)
+        if not self._estimated and self.step - self._first_step >= ESTIMATE_STEPS:
+            self._estimated = True
+            display.message(self._estimate(status))
+
+    def _seconds_left(self) -> float:
+        warm_step, warm_time = self._warm
+        steps = self.step - warm_step
+        return (self._look.time - warm_time) / steps * (self.schedule.steps - self.step) if steps else 0.0
+
+    def _estimate(self, status: Status) -> str:
+        text = f"estimated time: {format_seconds(status.seconds_left)} on this {self.train_step.device.type.upper()}"
+        if status.seconds_left > LONG_RUN_SECONDS:
+            text += (
+                "; shorter with make variables EPOCHS=30, NET=resnet20 (--epochs, --net), with --train-images N, "
+                "or on a GPU. Ctrl-C saves a checkpoint"
+            )
+        return text
+
+    # -- saving
+
+    def _save_snapshot(self, display: ProgressDisplay) -> None:
+        entry = self.folder.save_snapshot(
+            self.network.state_dict(),
+            step=self.step,
+            cycle=self._cycle(),
+            epoch=self._epoch(),
+            learning_rate=self.schedule.rate(self.step - 1),
+            train_loss=self._look.loss_sum / self._look.images,
+        )
+        display.message(f"saved snapshot {entry.number} of {self.schedule.cycles}: {self.folder.path / entry.file}")
+
+    def _end_epoch(self) -> None:
+        seconds = self._seconds_in_epoch()
+        self.folder.append_metrics(
+            {
+                "step": self.step,
+                "epoch": self._epoch(),
+                "cycle": self._cycle(),
+                "lr": self.schedule.rate(self.step - 1),
+                "train_loss": self._look.loss_sum / self.images,
+                "train_error": 100 * self._look.errors / self.images,
+                "images_per_second": self.images / seconds,
+                "seconds": self._seconds_in_all(),
+            }
+        )
+        self.train_step.totals.zero_()
+        self._look = Look(self.step, self._look.time)
+        self.epoch_seconds, self._epoch_start = 0.0, time.perf_counter()
+
+    def save_checkpoint(self) -> None:
+        """Save everything that the rest of the run depends on."""
+        state = {
+            "step": self.step,
+            "steps": self.schedule.steps,
+            "seconds": self._seconds_in_all(),
+            "epoch_seconds": self._seconds_in_epoch(),
+            "scaler": self.train_step.scaler.state_dict(),
+        }
+        self.folder.save_checkpoint(self._tensors(), state)
+        self._checkpoint_time = time.perf_counter()
+
+    def resume(self) -> bool:
+        """Go to the folder's checkpoint, if it has one. Raises RunError for one that does not fit this run."""
+        checkpoint = self.folder.load_checkpoint()
+        if checkpoint is None:
+            self.folder.forget_after(0)
+            return False
+        tensors, state = checkpoint
+        own = self._tensors()
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()} or (
+            state["steps"] != self.schedule.steps
+        ):
+            raise RunError(
+                f"the checkpoint in {self.folder.path} is of another network, data set or version; choose another --out"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self.optimizer.seek(state["step"])
+        self.train_step.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.epoch_seconds = state["step"], state["seconds"], state["epoch_seconds"]
+        self.folder.forget_after(self.step)
+        return True
+
+    def _tensors(self) -> dict[str, Tensor]:
+        buffers = {f"buffer.{name}": buffer for name, buffer in self.network.named_buffers()}
+        flat = {"parameters": self.optimizer.flat.data, "momentum": self.optimizer.momentum}
+        return flat | {"totals": self.train_step.totals} | buffers
+
+    # -- where the run is
+
+    def _epoch(self) -> int:
+        return (self.step - 1) // self.pipeline.steps_per_epoch + 1
+
+    def _cycle(self) -> int:
+        return self.schedule.cycle(self.step - 1) + 1
+
+    def _images_seen(self) -> int:
+        """Images of the current epoch trained on; all of them right after its last step."""
+        steps = self.step - (self._epoch() - 1) * self.pipeline.steps_per_epoch
+        return min(steps * self.pipeline.batch_size, self.images)
+
+    def _seconds_in_all(self) -> float:
+        return self.seconds + time.perf_counter() - self._session_start
+
+    def _seconds_in_epoch(self) -> float:
+        return self.epoch_seconds + time.perf_counter() - self._epoch_start
+
+
+class _StopRequest:
+    signal_number: int | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_StopRequest]:
+    """Turn the first SIGTERM or Ctrl-C into a request to stop; a second one ends the process at once."""
+    request = _StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.signal_number = number
+        for known, handler in handlers.items():
+            signal.signal(known, handler)
+
+    for number in handlers:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
