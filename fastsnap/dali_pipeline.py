@@ -48,7 +48,7 @@ class DaliPipeline:
     ) -> None:
         backend = "gpu" if device.type == "cuda" else "cpu"
         self.name = f"dali-{backend}"
-        self.steps_per_epoch = plan.steps_per_epoch
+        self.batch_size, self.steps_per_epoch = plan.batch_size, plan.steps_per_epoch
         self._plan, self._images, self._device, self._padding = plan, images.images, device, padding
         self._labels = torch.from_numpy(images.labels).to(device)
         self._cursor = (0, 0)

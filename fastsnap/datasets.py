@@ -54,6 +54,14 @@ class Dataset:
     source: str  # for the log: where the files came from, and whether their published checksums hold
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError, with the nearest names, unless `name` is a data set."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown data set {name!r}: {hint}The data sets are {', '.join(DATASETS)}")
+
+
 def load_dataset(
     name: str,
     folder: str | Path = "data",
@@ -71,10 +79,7 @@ def load_dataset(
     Raises ValueError for an unknown name and for numbers that do not fit, and DataError, which is one, for files that
     are missing and cannot be downloaded, damaged, or not what the data set's publisher describes.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown data set {name!r}: {hint}The data sets are {', '.join(DATASETS)}")
+    check_name(name)
     if name == "digits":
         whole = _digits()
     elif name == "fashion-mnist":

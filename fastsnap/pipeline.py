@@ -27,6 +27,7 @@ class Pipeline(Protocol):
     """What the training loop and the evaluation iterate over."""
 
     name: str  # "dali-cpu", "dali-gpu" or "torch"
+    batch_size: int
     steps_per_epoch: int  # batches in an epoch, the last partial one included
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,7 +89,7 @@ class TorchPipeline:
         padding: int,
         device: torch.device,
     ) -> None:
-        self.steps_per_epoch = plan.steps_per_epoch
+        self.batch_size, self.steps_per_epoch = plan.batch_size, plan.steps_per_epoch
         self._plan, self._padding, self._device = plan, padding, device
         self._images = torch.from_numpy(images.images).to(device)
         self._labels = torch.from_numpy(images.labels).to(device)
@@ -122,6 +123,14 @@ class TorchPipeline:
         return windows[torch.arange(count, device=self._device), offsets[:, 0], offsets[:, 1]]
 
 
+def choose_loader(loader: str) -> str:
+    """ "dali" or "torch" for "auto", "dali" or "torch"; "auto" is DALI where it is installed."""
+    if loader != "auto":
+        return loader
+    installed = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    return "dali" if installed else "torch"
+
+
 def make_pipeline(
     images: ImageSet,
     *,
@@ -145,7 +154,7 @@ def make_pipeline(
     """
     _check(images, batch_size, mean, std, padding, loader)
     plan = Plan(len(images.labels), batch_size, seed, augment, padding, flip)
-    if loader == "dali" or (loader == "auto" and importlib.util.find_spec("nvidia.dali")):
+    if choose_loader(loader) == "dali":
         from .dali_pipeline import DaliPipeline  # here, since DALI need not be installed
 
         return DaliPipeline(images, plan, mean, std, padding, device)

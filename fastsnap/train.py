@@ -21,7 +21,7 @@ from fastsnap.ensemble_eval import report_run
 from fastsnap.flat import FlatParameters
 from fastsnap.models import build_network
 from fastsnap.optim import SnapshotSGD
-from fastsnap.pipeline import make_pipeline
+from fastsnap.pipeline import choose_loader, make_pipeline
 from fastsnap.progress import ProgressDisplay
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.schedule import Schedule
@@ -86,7 +86,8 @@ def settle(config: TrainConfig) -> TrainConfig:
     device = choose_device(config.device)
     compiled = ("on" if device.type == "cuda" else "off") if config.compile == "auto" else config.compile
     precision = choose_precision(config.precision, device)
-    return dataclasses.replace(config, device=device.type, precision=precision, compile=compiled)
+    loader = choose_loader(config.loader)
+    return dataclasses.replace(config, device=device.type, precision=precision, compile=compiled, loader=loader)
 
 
 def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
