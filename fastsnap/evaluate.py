@@ -201,6 +201,8 @@ def fill_member_logits(
     The members run one after the other through `network`, whose weights they replace; each is forwarded once.
     Raises RunError for a snapshot that is damaged, does not fit the network, or gives NaN or infinite logits.
     """
+    for entry in entries:
+        folder.load_snapshot(entry)  # a damaged last one should not be found only after minutes of computing
     network.eval()
     dtype = AUTOCAST_DTYPES.get(precision)
     for entry, logits_NC in zip(entries, logits_MNC, strict=True):

@@ -19,7 +19,7 @@ DOTS_PER_INCH = 160
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 RATE_POINTS = 2000  # finer than the picture's pixels
 LOG_SCALE_FROM = 20.0  # ratio of the largest to the smallest loss
-MOST_LABELS = 15  # snapshots that can be numbered without crowding
+MOST_LABELS, MOST_WORDS = 15, 6  # snapshots that can be numbered, and called "snapshot 1", without crowding
 
 
 def error_figure(report: Report) -> Figure:
@@ -39,7 +39,7 @@ def error_figure(report: Report) -> Figure:
         label = f"last snapshot alone ({last_error:.2f} %)" if axes is together else None
         axes.axhline(last_error, color=GREY, linewidth=1, linestyle=":", label=label, zorder=0)
         axes.set_xlim(low - 0.5, high + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _tidy(axes)
     alone.set(xlabel="snapshot", ylabel="top-1 error (%)", title="each alone")
     together.set(xlabel="m, number of snapshots averaged", title="averaged")
@@ -69,10 +69,11 @@ def training_figure(
     rate.plot(
         times, [*rates, rates[-1]], color=BLUE, drawstyle="steps-post"
     )  # a rate holds for its whole update
-    rate.set(ylabel="learning rate", ylim=(0, None), title=f"{run}: learning rate and training loss")
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    figure.suptitle(f"{run}: learning rate and training loss")
     losses = [record["train_loss"] for record in epochs]
     positions = [record["step"] / updates_per_epoch for record in epochs]
-    loss.plot(positions, losses, "o-" if len(losses) < 60 else "-", color=ORANGE, markersize=3)
+    loss.plot(positions, losses, "o-" if len(losses) < 60 else "-", color=ORANGE, markersize=4)
     if losses and 0 < LOG_SCALE_FROM * min(losses) < max(losses):
         loss.set_yscale("log")
     loss.set(xlabel="epochs", ylabel="training loss (nats)", xlim=(0, done / updates_per_epoch * 1.01))
@@ -91,14 +92,10 @@ def _mark_snapshots(
         axes.axvline(position, color=GREEN, linewidth=1, linestyle="--", zorder=0)
         if numbered and (snapshots[-1].number - entry.number) % every == 0:
             axes.annotate(
-                f"snapshot {entry.number}" if len(snapshots) <= 6 else f"{entry.number}",
-                (position, 0.95),
+                f"snapshot {entry.number}" if len(snapshots) <= MOST_WORDS else f"{entry.number}",
+                (position, 1.02),
                 xycoords=("data", "axes fraction"),
-                xytext=(-3, 0),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                rotation=90,
+                ha="center",
                 color=GREEN,
                 fontsize=9,
             )

@@ -1,5 +1,6 @@
 """A run folder to evaluate, made without training: random weights, through the run folder's own functions."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ EPOCHS = 4
 UPDATES_PER_EPOCH = 20
 
 
-def small_dataset(validation: int = 100) -> Dataset:
+@cache
+def small_dataset() -> Dataset:
     """The digits, with images held out."""
-    return load_dataset("digits", validation=validation)
+    return load_dataset("digits", validation=100)
 
 
 def small_run(path: Path, *, snapshots: int, planned: int = 3, **overrides: Any) -> RunFolder:
