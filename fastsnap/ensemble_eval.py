@@ -120,12 +120,14 @@ def summary(report: Report) -> str:
         return f"1 snapshot: {last:.2f} % error; an ensemble needs at least 2."
     difference = report.metrics.all_against_last
     points, spread = difference.points, difference.standard_error
-    relation = "below" if points < 0 else "above" if points > 0 else "from"
+    if points == 0:
+        return f"{count} snapshots together: {together:.2f} % error, the same as the last one alone."
+    relation = "below" if points < 0 else "above"
     text = (
         f"{count} snapshots together: {together:.2f} % error, {abs(points):.2f} ± {spread:.2f} points "
         f"{relation} the last one alone ({last:.2f} %)"
     )
-    if abs(points) < 2 * spread or points == 0:
+    if abs(points) < 2 * spread:
         return text + f"; with {report.images:,} images that is within the noise (±: standard error)."
     return text + " (±: standard error over the images)."
 
@@ -137,9 +139,7 @@ def _advice(report: Report) -> str | None:
     nlls = [metrics.nll for metrics in report.metrics.last_m]
     if report.split == "validation":
         return f"Lowest NLL on the validation images: the last {nlls.index(min(nlls)) + 1}."
-    return (
-        "To choose m, train with --validation N and evaluate with --split validation, not on the test images."
-    )
+    return "To choose m, use --split validation (of a run trained with --validation N), not the test images."
 
 
 def _snapshot_numbers(text: str) -> list[int]:
@@ -156,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m fastsnap.ensemble_eval",
         description="Evaluate the snapshots of a run: each alone, and the last m averaged for every m. "
         "Prints tables and writes ensemble.json, error-against-m.png and training.png into the run folder.",
+        epilog="Columns: top-1 and top-5 error in percent, negative log-likelihood (NLL) in nats, expected "
+        "calibration error (ECE, 15 bins) 0 to 1, Brier score 0 to 2; lower is better in every column.",
     )
     parser.add_argument(
         "run", metavar="RUN", nargs="?", help=f"run folder (default: the newest under {RUNS}/)"

@@ -44,12 +44,14 @@ def error_figure(report: Report) -> Figure:
     alone.set(xlabel="snapshot", ylabel="top-1 error (%)", title="each alone")
     together.set(xlabel="m, number of snapshots averaged", title="averaged")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"{report.run}: error on {report.dataset} {report.split}, {report.images:,} images")
+    figure.suptitle(
+        f"{report.run}: error of {report.net} on {report.dataset} {report.split}, {report.images:,} images"
+    )
     return figure
 
 
 def training_figure(
-    run: str,
+    title: str,
     schedule: Schedule,
     updates_per_epoch: float,
     epochs: Sequence[dict[str, Any]],
@@ -70,7 +72,7 @@ def training_figure(
         times, [*rates, rates[-1]], color=BLUE, drawstyle="steps-post"
     )  # a rate holds for its whole update
     rate.set(ylabel="learning rate", ylim=(0, None))
-    figure.suptitle(f"{run}: learning rate and training loss")
+    figure.suptitle(title)
     losses = [record["train_loss"] for record in epochs]
     positions = [record["step"] / updates_per_epoch for record in epochs]
     loss.plot(positions, losses, "o-" if len(losses) < 60 else "-", color=ORANGE, markersize=4)
@@ -120,5 +122,6 @@ def save_plots(folder: RunFolder, report: Report) -> None:
     updates_per_epoch = math.ceil(config["images"]["train"] / config["batch_size"])
     steps = config["epochs"] * updates_per_epoch
     schedule = Schedule(config["schedule"], steps, config["cycles"], config["learning_rate"])
-    figure = training_figure(report.run, schedule, updates_per_epoch, folder.metrics(), folder.snapshots())
+    title = f"{report.run}: learning rate and training loss, {report.net} on {report.dataset}"
+    figure = training_figure(title, schedule, updates_per_epoch, folder.metrics(), folder.snapshots())
     save(figure, folder.path / "training.png")

@@ -183,7 +183,7 @@ def test_the_summary_is_honest(report):
     worse = summary(with_result(report, 27.0, 25.5, 0.3))
     assert "1.50 ± 0.30 points above the last one alone (25.50 %)" in worse
     assert "within the noise" in summary(with_result(report, 25.1, 25.5, 0.3))
-    assert "within the noise" in summary(with_result(report, 25.5, 25.5, 0.0))
+    assert "the same as the last one alone" in summary(with_result(report, 25.5, 25.5, 0.3))
 
 
 def test_the_test_set_is_not_offered_for_choosing_m(report):
