@@ -210,7 +210,7 @@ def fill_member_logits(
             on_member(entry)
         _load_member(network, folder, entry)
         done = 0
-        # Entered anew for each member: autocast keeps the weights that it has cast until its end.
+        # Entered anew for each member: under no_grad, autocast would keep the first one's cast weights.
         with torch.autocast(logits_NC.device.type, dtype, enabled=dtype is not None):
             for images, _ in pipeline.epoch(0):
                 logits_NC[done : done + len(images)] = network(images)

@@ -107,13 +107,16 @@ def test_the_json_has_what_readers_rely_on(tmp_path):
 
 
 def test_precision_is_that_of_training_but_a_cpu_does_not_compute_in_fp16(tmp_path):
-    exact = evaluate(small_run(tmp_path / "fp32", snapshots=1))
-    rounded = evaluate(small_run(tmp_path / "bf16", snapshots=1, precision="bf16"))
-    half = evaluate(small_run(tmp_path / "fp16", snapshots=1, precision="fp16"))
+    exact = evaluate(small_run(tmp_path / "fp32", snapshots=2))
+    rounded = evaluate(small_run(tmp_path / "bf16", snapshots=2, precision="bf16"))
+    half = evaluate(small_run(tmp_path / "fp16", snapshots=2, precision="fp16"))
     assert (exact.precision, rounded.precision, half.precision) == ("fp32", "bf16", "fp32")
     assert half.metrics.alone == exact.metrics.alone
     assert rounded.metrics.alone != exact.metrics.alone
-    assert rounded.metrics.alone[0].nll == pytest.approx(exact.metrics.alone[0].nll, rel=0.02)
+    # Closer than the two members are to each other: the second's weights are cast anew.
+    assert [member.nll for member in rounded.metrics.alone] == pytest.approx(
+        [member.nll for member in exact.metrics.alone], rel=0.002
+    )
 
 
 def test_an_unfinished_run_says_how_much_of_it_there_is(tmp_path):
