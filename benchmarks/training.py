@@ -1,9 +1,9 @@
-"""Where the time of a training run goes: images/s, time outside forward and backward, time to the first step, peak memory.
+"""Where the time of a training run goes: images/s, time outside forward and backward, first step, peak memory.
 
     python benchmarks/training.py --dataset cifar100 --net resnet20 --epochs 1 --data DATA
 
-takes the flags of `python -m fastsnap.train`, trains for real into a temporary folder, saving included, and prints one line of
-JSON. On a CPU only: on a GPU the host does not wait, so that times taken on it say nothing.
+takes the flags of `python -m fastsnap.train`, trains for real into a temporary folder, saving included, and prints one
+line of JSON. On a CPU only: on a GPU the host does not wait, so that times taken on it say nothing.
 """
 
 import dataclasses
@@ -73,7 +73,11 @@ def measure(arguments: list[str]) -> dict[str, Any]:
         if config.device != "cpu":
             raise ValueError("this benchmark measures on a CPU: add --device cpu")
         dataset = load_dataset(
-            config.dataset, config.data, validation=config.validation, train_images=config.train_images, seed=config.seed
+            config.dataset,
+            config.data,
+            validation=config.validation,
+            train_images=config.train_images,
+            seed=config.seed,
         )
         trainer = build_trainer(config, dataset, RunFolder(temporary))
         watch = Stopwatch(trainer)
@@ -84,7 +88,9 @@ def measure(arguments: list[str]) -> dict[str, Any]:
         revision = describe(config, dataset)["versions"]
     steps = trainer.schedule.steps
     other = total - sum(watch.seconds.values())
-    milliseconds = {part: 1000 * seconds / steps for part, seconds in (watch.seconds | {"other": other}).items()}
+    milliseconds = {
+        part: 1000 * seconds / steps for part, seconds in (watch.seconds | {"other": other}).items()
+    }
     return {
         "benchmark": "training",
         "images_per_second": config.epochs * len(dataset.train.labels) / total,
@@ -93,7 +99,9 @@ def measure(arguments: list[str]) -> dict[str, Any]:
         "seconds_to_first_step": watch.first_step,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "steps": steps,
-        "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data", "out")},
+        "config": {
+            name: value for name, value in dataclasses.asdict(config).items() if name not in ("data", "out")
+        },
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": revision,
     }

@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastsnap.flat import FlatParameters
 from fastsnap.schedule import Schedule
 
 REMEDY = (
-    "build NVIDIA's apex with `make apex` on a machine with a GPU and nvcc (PyPI's `apex` is an unrelated web toolkit), "
-    "or use --update fused"
+    "build NVIDIA's apex with `make apex` on a machine with a GPU and nvcc (PyPI's `apex` is an unrelated web "
+    "toolkit), or use --update fused"
 )
 
 
-def apex_fused_sgd() -> type[torch.optim.Optimizer]:
+def apex_fused_sgd() -> Any:
     """apex.optimizers.FusedSGD. Raises ValueError where NVIDIA's apex or its CUDA extension is missing."""
     try:
         import amp_C  # noqa: F401  the extension: without it apex imports, and FusedSGD raises only when used
@@ -25,8 +25,11 @@ def apex_fused_sgd() -> type[torch.optim.Optimizer]:
     return FusedSGD
 
 
-class ApexSGD:
-    """FusedSGD with the interface that the trainer needs of SnapshotSGD; the rate is set from the host at every step."""
+class ApexSGD(torch.optim.Optimizer):
+    """FusedSGD with what the trainer needs of SnapshotSGD; the host sets the rate at every step.
+
+    The arguments are SnapshotSGD's. Raises ValueError where apex is missing.
+    """
 
     def __init__(
         self,
@@ -38,26 +41,25 @@ class ApexSGD:
         nesterov: bool,
         flat: FlatParameters,
     ) -> None:
+        super().__init__(params, {})
         self.flat, self.momentum = flat, torch.zeros_like(flat.data)
         self._schedule, self._updates = schedule, 0
         self._inner = apex_fused_sgd()(
-            params, lr=schedule.rate(0), momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+            flat.parameters,
+            lr=schedule.rate(0),
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
         )
         for parameter, buffer in zip(flat.parameters, flat.views(self.momentum), strict=True):
             self._inner.state[parameter]["momentum_buffer"] = buffer
-        self.param_groups = self._inner.param_groups
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update, at the rate of its number."""
-        for group in self.param_groups:
+        for group in self._inner.param_groups:
             group["lr"] = self._schedule.rate(self._updates)
         self._updates += 1
         return self._inner.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        for parameter in self.flat.parameters:
-            parameter.grad = None
 
     def seek(self, updates: int) -> None:
         """Go on after `updates` updates."""

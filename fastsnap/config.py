@@ -39,7 +39,9 @@ RECIPES = {
 }
 
 
-def _option(help: str, *, flag: str | None = None, choices: tuple[str, ...] | None = None, default: Any) -> Any:
+def _option(
+    help: str, *, flag: str | None = None, choices: tuple[str, ...] | None = None, default: Any
+) -> Any:
     """A field of TrainConfig with what its flag needs; `help` gives the unit."""
     return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
 
@@ -49,12 +51,17 @@ RECIPE = dataclasses.MISSING  # no default of its own: the recipe has one
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that determines a training run; `make_config` fills in the recipe. Raises ValueError for bad values."""
+    """Everything that determines a training run; `make_config` fills in the recipe.
+
+    Raises ValueError, naming the field, for values that cannot be used.
+    """
 
     dataset: str = _option("data set to train on", choices=datasets.DATASETS, default="digits")
     cycles: int = _option("M, learning-rate cycles = snapshots saved", default=RECIPE)
     epochs: int = _option("passes over the training images", default=RECIPE)
-    net: str = _option("resnet<6n+2>, optionally x<width multiplier>: resnet20, resnet110, resnet32x4", default=RECIPE)
+    net: str = _option(
+        "resnet<6n+2>, optionally x<width multiplier>: resnet20, resnet110, resnet32x4", default=RECIPE
+    )
     batch_size: int = _option("images per update", default=RECIPE)
     learning_rate: float = _option(
         "initial learning rate of every cycle (of the run, with --schedule step)", flag="lr", default=RECIPE
@@ -63,29 +70,37 @@ class TrainConfig:
     seed: int = _option("seed of the initialisation, the order, the crops and the flips", default=0)
     data: str = _option("folder that holds the data sets; downloads go there", default="data")
     schedule: str = _option(
-        "snapshot: cosine cycles; step: the standard schedule, a tenth at 50 %% and again at 75 %% of the run",
+        "snapshot: cosine cycles; step: the standard schedule, a tenth at 50 %% and again at 75 %%",
         choices=schedule.KINDS,
         default="snapshot",
     )
     shortcut: str = _option(
-        "residual shortcut where the shape changes: A zero-padded identity, B 1x1 convolution, C 1x1 convolution everywhere",
+        "residual shortcut: A zero-padded identity, B 1x1 convolution where the shape changes, C everywhere",
         choices=models.SHORTCUTS,
         default="A",
     )
     momentum: float = _option("Nesterov momentum, from 0 up to below 1; 0 is plain SGD", default=0.9)
     weight_decay: float = _option("L2 penalty per update, on all parameters", default=1e-4)
-    validation: int = _option("training images to hold out, stratified by class, for --split validation", default=0)
-    train_images: int | None = _option("training images to keep, stratified by class (default: all)", default=None)
+    validation: int = _option(
+        "training images to hold out, stratified by class, for --split validation", default=0
+    )
+    train_images: int | None = _option(
+        "training images to keep, stratified by class (default: all)", default=None
+    )
     device: str = _option("where to train; auto: CUDA if there is one", choices=DEVICES, default="auto")
     precision: str = _option(
         "of the forward and backward pass; auto: bf16 where the device computes in it, else fp32",
         choices=PRECISIONS,
         default="auto",
     )
-    loader: str = _option("data pipeline, with the same batches; auto: DALI if installed", choices=LOADERS, default="auto")
+    loader: str = _option(
+        "data pipeline, with the same batches; auto: DALI if installed", choices=LOADERS, default="auto"
+    )
     compile: str = _option("torch.compile; auto: on CUDA only", choices=COMPILE, default="auto")
     update: str = _option(
-        "fused: the project's kernel; apex: NVIDIA's FusedSGD (make apex), for comparison", choices=UPDATES, default="fused"
+        "fused: the project's kernel; apex: NVIDIA's FusedSGD (make apex), for comparison",
+        choices=UPDATES,
+        default="fused",
     )
 
     def __post_init__(self) -> None:
@@ -93,14 +108,20 @@ class TrainConfig:
         models.parse_name(self.net)
         for name in ("cycles", "epochs", "batch_size", "train_images"):
             _require(self, name, "at least 1", lambda value: value >= 1)
-        _require(self, "learning_rate", "finite and above 0", lambda value: math.isfinite(value) and value > 0)
+        _require(
+            self, "learning_rate", "finite and above 0", lambda value: math.isfinite(value) and value > 0
+        )
         _require(self, "momentum", "at least 0 and below 1", lambda value: 0 <= value < 1)
-        _require(self, "weight_decay", "finite and at least 0", lambda value: math.isfinite(value) and value >= 0)
+        _require(
+            self, "weight_decay", "finite and at least 0", lambda value: math.isfinite(value) and value >= 0
+        )
         _require(self, "validation", "at least 0", lambda value: value >= 0)
         _require(self, "seed", "from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
         for name, metadata in _metadata().items():
             if metadata["choices"] and name != "dataset" and getattr(self, name) not in metadata["choices"]:
-                raise ValueError(f"{name} must be one of {', '.join(metadata['choices'])}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(metadata['choices'])}, got {getattr(self, name)!r}"
+                )
 
 
 def make_config(dataset: str = "digits", **given: Any) -> TrainConfig:
@@ -138,7 +159,7 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
     """The configuration that a command line asks for. Exits as argparse does; raises ValueError for bad values."""
     parser = argparse.ArgumentParser(
         prog="python -m fastsnap.train",
-        description="Train a snapshot ensemble: one training run, M snapshots, and a table of what they are worth together.",
+        description="Train a snapshot ensemble: one training run, M snapshots, and a table of what they are worth.",
         epilog=_recipes_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -153,13 +174,17 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
             metavar="{" + ",".join(choices) + "}" if choices else flag.strip("-").upper().replace("-", "_"),
             help=item.metadata["help"] + _default_text(item),
         )
-    return make_config(**{name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None})
+    return make_config(
+        **{name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    )
 
 
 def _default_text(item: dataclasses.Field) -> str:
     if "default" in item.metadata["help"]:
         return ""
-    return " (default: the recipe's)" if item.default is dataclasses.MISSING else f" (default: {item.default})"
+    return (
+        " (default: the recipe's)" if item.default is dataclasses.MISSING else f" (default: {item.default})"
+    )
 
 
 def _recipes_text() -> str:

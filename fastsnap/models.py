@@ -1,7 +1,7 @@
 """ResNets for small images, as the snapshot-ensemble paper trains them (He et al. 2016, section 4.2).
 
-Depth 6n+2: a 3x3 convolution to 16 channels, three stages of n basic blocks with 16k, 32k and 64k channels (k: the width
-multiplier), global average pooling and a linear layer. Initialisation and shortcuts follow the authors' code.
+Depth 6n+2: a 3x3 convolution to 16 channels, three stages of n basic blocks with 16k, 32k and 64k channels (k: the
+width multiplier), global average pooling and a linear layer. Initialisation and shortcuts follow the authors' code.
 """
 
 import difflib
@@ -105,7 +105,9 @@ class ResNet(nn.Module):
         return self.linear(self.stages(hidden).mean(dim=(2, 3)))
 
 
-def build_network(name: str, *, classes: int, in_channels: int = 3, shortcut: str = "A", seed: int = 0) -> ResNet:
+def build_network(
+    name: str, *, classes: int, in_channels: int = 3, shortcut: str = "A", seed: int = 0
+) -> ResNet:
     """A freshly initialised network on the CPU; the same seed gives the same weights, whatever was drawn before.
 
     name         "resnet<6n+2>" or "resnet<6n+2>x<width multiplier>"

@@ -31,7 +31,11 @@ class Status:
 def format_seconds(seconds: float) -> str:
     """A duration to two units: "45 s", "12 min 5 s", "3 h 20 min", "4 d 2 h"."""
     whole = round(seconds)
-    for unit, size, lower, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+    for unit, size, lower, lower_size in (
+        ("d", 86400, "h", 3600),
+        ("h", 3600, "min", 60),
+        ("min", 60, "s", 1),
+    ):
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // lower_size} {lower}"
     return f"{whole} s"
@@ -54,7 +58,9 @@ class ProgressDisplay:
         self._line_time = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
-            self._bar = Progress(BarColumn(bar_width=None), TextColumn("{task.description}"), console=console, expand=True)
+            self._bar = Progress(
+                BarColumn(bar_width=None), TextColumn("{task.description}"), console=console, expand=True
+            )
             self._task = self._bar.add_task("starting", completed=first_step, total=steps)
 
     def __enter__(self) -> "ProgressDisplay":
@@ -72,7 +78,9 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=status.step, description=format_status(status))
             return
         silent = time.monotonic() - self._line_time
-        if silent >= SILENCE_SECONDS or (epoch_ended and (silent >= LINE_SECONDS or status.step == status.steps)):
+        if silent >= SILENCE_SECONDS or (
+            epoch_ended and (silent >= LINE_SECONDS or status.step == status.steps)
+        ):
             self._line_time = time.monotonic()
             self.message(f"{100 * status.step / status.steps:3.0f} %  {format_status(status)}")
 

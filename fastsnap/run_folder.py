@@ -7,8 +7,8 @@
     checkpoint.safetensors the latest state, for resuming
     ensemble.json, *.png   written by the evaluation
 
-Files are JSON and safetensors, never pickle. Each is written under a temporary name, synced and renamed, so that a crash or a
-full disk leaves the previous file as it was.
+Files are JSON and safetensors, never pickle. Each is written under a temporary name, synced and renamed, so that a
+crash or a full disk leaves the previous file as it was.
 """
 
 import contextlib
@@ -69,10 +69,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
+        remedy = (
+            "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make the folder writable"
+        )
         raise RunError(
             f"cannot save {path}: {error.strerror}; what was saved before is intact. "
-            f"Then {remedy} and run the same command again to go on from the last checkpoint"
+            f"{remedy}, then run the same command again"
         ) from error
 
 
@@ -150,7 +152,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise RunError(f"cannot write to the run folder {self.path}: {error.strerror}; choose another --out") from error
+            raise RunError(
+                f"cannot write to the run folder {self.path}: {error.strerror}; choose another --out"
+            ) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,7 +174,14 @@ class RunFolder:
         write_atomically(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def save_snapshot(
-        self, state: dict[str, Tensor], *, step: int, cycle: int, epoch: int, learning_rate: float, train_loss: float
+        self,
+        state: dict[str, Tensor],
+        *,
+        step: int,
+        cycle: int,
+        epoch: int,
+        learning_rate: float,
+        train_loss: float,
     ) -> SnapshotEntry:
         """Save a network's state_dict as the snapshot of `cycle` (from 1) and enter it in the manifest."""
         content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in state.items()})
@@ -202,7 +213,10 @@ class RunFolder:
         write_atomically(self.path / "checkpoint.safetensors", content)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The checkpoint's tensors, on the CPU, and its state; None if there is none. Raises RunError if it is damaged."""
+        """The checkpoint's tensors, on the CPU, and its state; None if there is none.
+
+        Raises RunError if it is damaged.
+        """
         file = self.path / "checkpoint.safetensors"
         if not file.exists():
             return None
@@ -233,10 +247,16 @@ def newest_run(root: str | os.PathLike[str] = RUNS) -> RunFolder:
     """The run under `root` that was written to last. Raises RunError, saying what makes one, if there is none."""
     configs = list(Path(root).glob("*/config.json"))
     if not configs:
-        raise RunError(f"no run in {Path(root).resolve()}; name a run folder, or train one: python -m fastsnap.train")
+        raise RunError(
+            f"no run in {Path(root).resolve()}; name a run folder, or train one: python -m fastsnap.train"
+        )
     newest = max(configs, key=lambda file: _last_written(file.parent))
     return RunFolder(newest.parent)
 
 
 def _last_written(folder: Path) -> float:
-    return max((folder / name).stat().st_mtime for name in ("config.json", "manifest.json") if (folder / name).exists())
+    return max(
+        (folder / name).stat().st_mtime
+        for name in ("config.json", "manifest.json")
+        if (folder / name).exists()
+    )

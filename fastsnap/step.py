@@ -72,7 +72,10 @@ class TrainStep:
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         with torch.autocast(
-            self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None, cache_enabled=False
+            self.device.type,
+            self.autocast_dtype,
+            enabled=self.autocast_dtype is not None,
+            cache_enabled=False,
         ):
             logits = self.forward(images)
         logits = logits.float()
@@ -84,11 +87,11 @@ class TrainStep:
         self.totals[0] += loss.detach() * len(labels)
         self.totals[1] += (logits.detach().argmax(dim=1) != labels).sum()
 
-    # -- CUDA graph. A replay trains on whatever lies in the static batch; the learning rate comes from the optimiser's step
-    #    counter on the device, so that nothing in the graph depends on the step.
+    # -- CUDA graph. A replay trains on whatever lies in the static batch; the learning rate comes from the optimiser's
+    #    step counter on the device, so that nothing in the graph depends on the step.
 
     def _step_on_side_stream(self, images: Tensor, labels: Tensor) -> None:
-        # Autograd remembers the stream that its leaves were first used on; a capture needs it not to be the default one.
+        # Autograd remembers the stream that its leaves were first used on, which must not be the default one.
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

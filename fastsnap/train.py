@@ -1,7 +1,7 @@
 """Train a snapshot ensemble: `python -m fastsnap.train --help`.
 
-One run trains, saves a snapshot at the end of each learning-rate cycle, and evaluates the ensemble. The same command again goes on
-with an unfinished run, to the same bits, and evaluates a finished one.
+One run trains, saves a snapshot at the end of each learning-rate cycle, and evaluates the ensemble. The same command
+again goes on with an unfinished run, to the same bits, and evaluates a finished one.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from fastsnap import __version__
+from fastsnap.apex import ApexSGD
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.datasets import Dataset, load_dataset
 from fastsnap.ensemble_eval import report_run
@@ -26,7 +27,8 @@ from fastsnap.progress import ProgressDisplay
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.schedule import Schedule
 from fastsnap.step import TrainStep, choose_device, choose_precision
-from fastsnap.trainer import Trainer, TrainingStopped
+from fastsnap.stopping import TrainingStopped
+from fastsnap.trainer import Trainer
 
 
 def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:
@@ -53,7 +55,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         shortcut=config.shortcut,
         seed=config.seed,
     )
-    network = network.to(device, memory_format=torch.channels_last).train()
+    network = network.to(device).to(memory_format=torch.channels_last).train()
     optimizer = _build_optimizer(config, network, schedule)
     train_step = TrainStep(
         network,
@@ -66,17 +68,17 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
     return Trainer(network, optimizer, train_step, pipeline, schedule, len(dataset.train.labels), folder)
 
 
-def _build_optimizer(config: TrainConfig, network: torch.nn.Module, schedule: Schedule) -> Any:
+def _build_optimizer(
+    config: TrainConfig, network: torch.nn.Module, schedule: Schedule
+) -> SnapshotSGD | ApexSGD:
     flat = FlatParameters(network.named_parameters())
-    options = {
+    options: dict[str, Any] = {
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
         "nesterov": config.momentum > 0,
         "flat": flat,
     }
     if config.update == "apex":
-        from fastsnap.apex import ApexSGD  # NVIDIA's apex is optional
-
         return ApexSGD(network.parameters(), schedule, **options)
     return SnapshotSGD(network.named_parameters(), schedule, **options)
 
@@ -87,7 +89,9 @@ def settle(config: TrainConfig) -> TrainConfig:
     compiled = ("on" if device.type == "cuda" else "off") if config.compile == "auto" else config.compile
     precision = choose_precision(config.precision, device)
     loader = choose_loader(config.loader)
-    return dataclasses.replace(config, device=device.type, precision=precision, compile=compiled, loader=loader)
+    return dataclasses.replace(
+        config, device=device.type, precision=precision, compile=compiled, loader=loader
+    )
 
 
 def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
@@ -128,10 +132,12 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
 def _require_same(config: TrainConfig, folder: RunFolder) -> None:
     different = differences(config, folder.config())
     if different:
-        fields = "; ".join(f"{name}: {asked} asked for, {saved} there" for name, (asked, saved) in different.items())
+        fields = "; ".join(
+            f"{name}: {asked} asked for, {saved} there" for name, (asked, saved) in different.items()
+        )
         raise RunError(
-            f"{folder.path} holds a run of another configuration ({fields}). Choose another --out (make: OUT=...), or give "
-            "the same values to go on with it"
+            f"{folder.path} holds a run of another configuration ({fields}). Choose another --out (make: OUT=...), "
+            "or give the same values to go on with it"
         )
 
 
@@ -168,21 +174,19 @@ def _git_revision() -> str | None:
 
 def _print_summary(console: Console, config: TrainConfig, dataset: Dataset, trainer: Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
-    height, width, channels = dataset.train.images.shape[1:]
-    held_out = f", {config.validation:,} held out" if config.validation else ""
-    schedule = trainer.schedule
-    kind = "cosine cycles" if config.schedule == "snapshot" else "snapshots of the standard schedule"
-    device_name = torch.cuda.get_device_name() if config.device == "cuda" else f"{torch.get_num_threads()} threads"
+    size = "x".join(str(length) for length in dataset.train.images.shape[1:])
+    cuda = config.device == "cuda"
     rows = {
-        "data": f"{config.dataset}, {len(dataset.train.labels):,} training images {height}x{width}x{channels}{held_out}, "
-        f"{len(dataset.test.labels):,} test images, {len(dataset.classes)} classes ({dataset.source})",
+        "data": f"{config.dataset}: {len(dataset.train.labels):,} training images {size}, {config.validation:,} held "
+        f"out, {len(dataset.test.labels):,} test images, {len(dataset.classes)} classes",
+        "source": dataset.source,
         "net": f"{config.net}, {parameters:,} parameters, shortcut {config.shortcut}",
-        "device": f"{config.device} ({device_name}), {config.precision}, channels-last"
-        + (", compiled, CUDA graph" if config.device == "cuda" and config.compile == "on" else ""),
-        "pipeline": trainer.pipeline.name,
-        "update": f"{config.update}, SGD momentum {config.momentum}, weight decay {config.weight_decay}",
-        "schedule": f"{config.schedule}: {schedule.steps:,} steps of {config.batch_size} images = {config.epochs} epochs, "
-        f"{config.cycles} {kind}, lr {config.learning_rate}",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "step": f"{config.precision}, channels-last, torch.compile {config.compile}, "
+        f"batches from {trainer.pipeline.name}",
+        "update": f"{config.update}, momentum {config.momentum}, weight decay {config.weight_decay}",
+        "schedule": f"{config.schedule}: {trainer.schedule.steps:,} steps of {config.batch_size} images, "
+        f"{config.epochs} epochs, {config.cycles} cycles, lr {config.learning_rate}",
         "run": f"{trainer.folder.path}, seed {config.seed}",
     }
     for name, text in rows.items():
@@ -197,7 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
         folder, dataset = train(config, console)
         report_run(folder, dataset=dataset, device=torch.device(settle(config).device), console=console)
     except TrainingStopped as stopped:
-        console.print(f"stopped by {stopped}; a checkpoint is saved. Run the same command again to go on", highlight=False)
+        console.print(
+            f"stopped by {stopped}; a checkpoint is saved. Run the same command again to go on",
+            highlight=False,
+        )
         return 128 + stopped.signal_number
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,21 +1,19 @@
-"""The training loop: a network, its optimiser and its batches, from any step to the last, saving what the run folder keeps."""
+"""The training loop: from any step to the last, saving what the run folder keeps."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 from torch import Tensor, nn
 
+from fastsnap.apex import ApexSGD
+from fastsnap.optim import SnapshotSGD
 from fastsnap.pipeline import Pipeline
 from fastsnap.progress import ProgressDisplay, Status, format_seconds
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.schedule import Schedule
 from fastsnap.step import TrainStep
+from fastsnap.stopping import TrainingStopped, stop_signals
 
 LOG_STEPS = 50  # most steps between two looks at the loss: each one waits for the device
 LOG_SECONDS = 2.0  # most seconds between two looks, for slow steps
@@ -29,14 +27,6 @@ class TrainingDiverged(RunError):
     """The loss became NaN or infinite."""
 
 
-class TrainingStopped(Exception):
-    """SIGTERM or Ctrl-C arrived, and a checkpoint was saved; `signal_number` says which."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
-
-
 @dataclass
 class Look:
     """What was read from the device at the last look at the loss."""
@@ -45,7 +35,7 @@ class Look:
     time: float
     loss_sum: float = 0.0
     errors: float = 0.0
-    images: int = 0
+    images: int = 0  # of the current epoch, like the sums
 
 
 class Trainer:
@@ -59,7 +49,7 @@ class Trainer:
     def __init__(
         self,
         network: nn.Module,
-        optimizer,
+        optimizer: SnapshotSGD | ApexSGD,
         train_step: TrainStep,
         pipeline: Pipeline,
         schedule: Schedule,
@@ -75,14 +65,18 @@ class Trainer:
     # -- the loop
 
     def run(self, display: ProgressDisplay) -> None:
-        """Train from `self.step` to the last. Raises TrainingStopped, TrainingDiverged, and RunError if saving fails."""
+        """Train from `self.step` to the last.
+
+        Raises TrainingStopped, TrainingDiverged, and RunError if saving fails.
+        """
         self._first_step = self.step
         self._session_start = self._epoch_start = self._checkpoint_time = time.perf_counter()
         self._warm = (self.step, self._session_start)
         self._estimated = False
-        images = self.step % self.pipeline.steps_per_epoch * self.pipeline.batch_size
-        self._look = Look(self.step, self._session_start, *self.train_step.totals.tolist(), images)
-        with _stop_signals() as stop:
+        seen = self.step % self.pipeline.steps_per_epoch * self.pipeline.batch_size
+        loss_sum, errors = self.train_step.totals.tolist()
+        self._look = Look(self.step, self._session_start, loss_sum, errors, seen)
+        with stop_signals() as stop:
             while self.step < self.schedule.steps:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
                     self.train_step(images, labels)
@@ -93,8 +87,7 @@ class Trainer:
         now = time.perf_counter()
         epoch_ended = self.step % self.pipeline.steps_per_epoch == 0
         cycle_ended = self.schedule.ends_cycle(self.step - 1)
-        stopping = stop_signal is not None
-        checkpoint_due = epoch_ended or stopping or now - self._checkpoint_time >= CHECKPOINT_SECONDS
+        checkpoint_due = bool(epoch_ended or stop_signal) or now - self._checkpoint_time >= CHECKPOINT_SECONDS
         look_due = self.step - self._look.step >= LOG_STEPS or now - self._look.time >= LOG_SECONDS
         if self.step == self._first_step + WARM_UP_STEPS:
             self._warm = (self.step, now)
@@ -107,17 +100,20 @@ class Trainer:
             self._end_epoch()
         if checkpoint_due:
             self.save_checkpoint()
-        if stopping and self.step < self.schedule.steps:
+        if stop_signal and self.step < self.schedule.steps:
             raise TrainingStopped(stop_signal)
 
     def _look_at_loss(self, display: ProgressDisplay, epoch_ended: bool) -> None:
         loss_sum, errors = self.train_step.totals.tolist()  # waits for the device
-        before, self._look = self._look, Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen())
+        before, self._look = (
+            self._look,
+            Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen()),
+        )
         if not math.isfinite(loss_sum):
             raise TrainingDiverged(
                 f"the loss became NaN or infinite between steps {before.step + 1} and {self.step} "
-                f"(epoch {self._epoch()}, cycle {self._cycle()}); the {len(self.folder.snapshots())} snapshots saved before "
-                f"are kept in {self.folder.path}. Try a lower --lr or --precision fp32, with another --out"
+                f"(epoch {self._epoch()}, cycle {self._cycle()}); the {len(self.folder.snapshots())} snapshots saved "
+                f"before are kept in {self.folder.path}. Try a lower --lr or --precision fp32, with another --out"
             )
         images = max(1, self._look.images - before.images)
         status = Status(
@@ -163,7 +159,9 @@ class Trainer:
             learning_rate=self.schedule.rate(self.step - 1),
             train_loss=self._look.loss_sum / self._look.images,
         )
-        display.message(f"saved snapshot {entry.number} of {self.schedule.cycles}: {self.folder.path / entry.file}")
+        display.message(
+            f"saved snapshot {entry.number} of {self.schedule.cycles}: {self.folder.path / entry.file}"
+        )
 
     def _end_epoch(self) -> None:
         seconds = self._seconds_in_epoch()
@@ -240,30 +238,3 @@ class Trainer:
 
     def _seconds_in_epoch(self) -> float:
         return self.epoch_seconds + time.perf_counter() - self._epoch_start
-
-
-class _StopRequest:
-    signal_number: int | None = None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_StopRequest]:
-    """Turn the first SIGTERM or Ctrl-C into a request to stop; a second one ends the process at once."""
-    request = _StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        request.signal_number = number
-        for known, handler in handlers.items():
-            signal.signal(known, handler)
-
-    for number in handlers:
-        signal.signal(number, ask)
-    try:
-        yield request
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

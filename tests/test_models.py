@@ -68,14 +68,21 @@ def test_weights_follow_from_the_seed_alone() -> None:
     assert not torch.equal(first["linear.weight"], other["linear.weight"])
 
 
-@pytest.mark.parametrize(("name", "parsed"), [("resnet8", (1, 1)), ("resnet50", (8, 1)), ("resnet32x4", (5, 4))])
+@pytest.mark.parametrize(
+    ("name", "parsed"), [("resnet8", (1, 1)), ("resnet50", (8, 1)), ("resnet32x4", (5, 4))]
+)
 def test_a_name_gives_blocks_per_stage_and_width(name: str, parsed: tuple[int, int]) -> None:
     assert parse_name(name) == parsed
 
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("resnet18", "resnet20"), ("resnet2", "resnet8"), ("resnet20x0", "resnet20"), ("rensnet110", "resnet110")],
+    [
+        ("resnet18", "resnet20"),
+        ("resnet2", "resnet8"),
+        ("resnet20x0", "resnet20"),
+        ("rensnet110", "resnet110"),
+    ],
 )
 def test_unknown_nets_are_answered_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=nearest):

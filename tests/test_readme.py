@@ -1,5 +1,6 @@
 """What the README shows works: its example runs, its commands and links exist."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -20,7 +21,10 @@ def test_the_example_of_an_own_loop_has_at_most_15_lines_and_runs(
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 4
     states = [safetensors.torch.load_file(file) for file in files]
-    assert all((first["conv1.weight"] != second["conv1.weight"]).any() for first, second in zip(states, states[1:], strict=False))
+    assert all(
+        (first["conv1.weight"] != second["conv1.weight"]).any()
+        for first, second in itertools.pairwise(states)
+    )
 
 
 def test_every_make_target_that_the_readme_names_exists() -> None:

@@ -15,7 +15,9 @@ from fastsnap.models import build_network
 from fastsnap.run_folder import DamagedSnapshot, RunError, RunFolder, newest_run, write_atomically
 
 
-def save(folder: RunFolder, cycle: int, state: dict[str, torch.Tensor] | None = None, *, step: int | None = None) -> None:
+def save(
+    folder: RunFolder, cycle: int, state: dict[str, torch.Tensor] | None = None, *, step: int | None = None
+) -> None:
     state = {"weight": torch.full((4,), float(cycle))} if state is None else state
     folder.save_snapshot(
         state, step=step or 10 * cycle, cycle=cycle, epoch=cycle, learning_rate=0.01, train_loss=1.0 / cycle
@@ -34,7 +36,10 @@ def test_a_snapshot_loads_into_the_plain_network_whatever_the_memory_layout(fold
     save(folder, 1, trained.state_dict())
     plain = build_network("resnet8", classes=10, seed=2)
     plain.load_state_dict(safetensors.torch.load_file(folder.path / "snapshots/snapshot-01.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), trained.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.state_dict().values(), trained.state_dict().values(), strict=True)
+    )
 
 
 def test_the_manifest_describes_each_snapshot(folder: RunFolder) -> None:
@@ -55,7 +60,9 @@ def damaged(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-@pytest.mark.parametrize("damage", [damaged, lambda content: content[: len(content) // 2], lambda content: b""])
+@pytest.mark.parametrize(
+    "damage", [damaged, lambda content: content[: len(content) // 2], lambda content: b""]
+)
 def test_a_damaged_snapshot_is_named_and_the_others_stay_usable(folder: RunFolder, damage) -> None:
     for cycle in (1, 2, 3):
         save(folder, cycle)

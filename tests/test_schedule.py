@@ -1,5 +1,6 @@
 """The cycle plan: integer boundaries, annealed cycle ends, the standard schedule."""
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_cycles_partition_the_steps(plan: tuple[int, int]) -> None:
     boundaries = [schedule.boundary(cycle) for cycle in range(cycles + 1)]
     assert boundaries[0] == 0
     assert boundaries[-1] == steps
-    lengths = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(boundaries)]
     assert max(lengths) - min(lengths) <= 1
     for step in {0, steps - 1, *boundaries[1:-1], *(end - 1 for end in boundaries[1:])}:
         cycle = schedule.cycle(step)

@@ -45,7 +45,12 @@ def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
     files = {"config.json", "metrics.jsonl", "manifest.json", "checkpoint.safetensors", "ensemble.json"}
     assert names >= snapshots | files
     config = json.loads((finished / "config.json").read_text())
-    assert (config["dataset"], config["net"], config["seed"], config["learning_rate"]) == ("digits", "resnet8", 0, 0.1)
+    assert (config["dataset"], config["net"], config["seed"], config["learning_rate"]) == (
+        "digits",
+        "resnet8",
+        0,
+        0.1,
+    )
     assert config["versions"]["torch"] == torch.__version__
 
 
@@ -53,7 +58,9 @@ def test_metrics_have_a_line_per_epoch(finished: Path) -> None:
     records = RunFolder(finished).metrics()
     assert [record["epoch"] for record in records] == list(range(1, EPOCHS + 1))
     assert [record["cycle"] for record in records] == [1, 1, 2, 2, 3, 3]
-    assert [record["step"] for record in records] == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
+    assert [record["step"] for record in records] == [
+        STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)
+    ]
     assert records[-1]["train_error"] < records[0]["train_error"]
     assert records[-1]["lr"] < 0.01 * 0.1
     assert all(record["images_per_second"] > 0 for record in records)
@@ -88,7 +95,9 @@ def test_a_finished_run_says_so_and_evaluates(finished: Path, capsys: pytest.Cap
     assert snapshot_bytes(finished) == before
 
 
-def test_another_configuration_is_refused_by_field(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_configuration_is_refused_by_field(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train.main([*SMALL, "--out", str(finished), "--lr", "0.3", "--seed", "4"]) == 2
     message = capsys.readouterr().err
     assert "seed: 4 asked for, 0 there" in message
@@ -122,7 +131,9 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(finished: Path, t
     assert steps == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
 
 
-def test_sigterm_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
+    finished: Path, tmp_path: Path
+) -> None:
     process = start(tmp_path)
     lines_of(tmp_path / "metrics.jsonl", 2, process)
     process.send_signal(signal.SIGTERM)
@@ -140,7 +151,7 @@ def test_the_log_of_a_run_reads_well_in_a_file(tmp_path: Path) -> None:
     output, _ = start(tmp_path).communicate()
     lines = output.splitlines()
     assert "\x1b" not in output
-    for name in ("data", "net", "device", "pipeline", "update", "schedule", "run"):
+    for name in ("data", "source", "net", "device", "step", "update", "schedule", "run"):
         assert any(line.startswith(f"{name} ") for line in lines), output
     assert any(line.startswith("estimated time: ") for line in lines)
     assert any(line.startswith("100 %  epoch 6/6  cycle 3/3  lr 0.0001  loss ") for line in lines)
@@ -148,10 +159,15 @@ def test_the_log_of_a_run_reads_well_in_a_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_loses_nothing_that_was_saved(finished: Path, tmp_path: Path) -> None:
-    limit = (finished / "snapshots/snapshot-01.safetensors").stat().st_size // 1024 + 1  # KiB; a checkpoint is larger
+    limit = (
+        finished / "snapshots/snapshot-01.safetensors"
+    ).stat().st_size // 1024 + 1  # KiB; a checkpoint is larger
     command = [sys.executable, "-m", "fastsnap.train", *SMALL, "--out", str(tmp_path)]
     done = subprocess.run(
-        ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command], capture_output=True, text=True, check=False
+        ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "error: cannot save" in done.stderr
@@ -175,13 +191,18 @@ class PoisonedPipeline:
 
 
 def test_a_diverged_run_names_the_steps_and_keeps_what_it_had(tmp_path: Path) -> None:
-    config = train.settle(make_config(net="resnet8", epochs=EPOCHS, cycles=CYCLES, loader="torch", out=str(tmp_path)))
+    config = train.settle(
+        make_config(net="resnet8", epochs=EPOCHS, cycles=CYCLES, loader="torch", out=str(tmp_path))
+    )
     trainer = train.build_trainer(config, load_dataset("digits"), RunFolder(tmp_path))
     poisoned_from = 3 * STEPS_PER_EPOCH + 5
     trainer.pipeline = PoisonedPipeline(trainer.pipeline, poisoned_from)
-    with ProgressDisplay(Console(quiet=True), 0, trainer.schedule.steps) as display, pytest.raises(
-        TrainingDiverged, match=r"between steps (\d+) and (\d+) \(epoch 4, cycle 2\); the 1 snapshots"
-    ) as caught:
+    with (
+        ProgressDisplay(Console(quiet=True), 0, trainer.schedule.steps) as display,
+        pytest.raises(
+            TrainingDiverged, match=r"between steps (\d+) and (\d+) \(epoch 4, cycle 2\); the 1 snapshots"
+        ) as caught,
+    ):
         trainer.run(display)
     words = str(caught.value).replace("(", " ").split()
     first, last = int(words[words.index("steps") + 1]), int(words[words.index("and") + 1])
@@ -214,7 +235,11 @@ def test_a_diverged_run_names_the_steps_and_keeps_what_it_had(tmp_path: Path) ->
     ],
 )
 def test_bad_input_is_one_clear_line(
-    flags: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flags: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no download, no network
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 2
@@ -233,7 +258,18 @@ def test_cuda_where_there_is_none_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("flags", [["--precision", "fp32"], ["--precision", "fp16"], ["--schedule", "step"]])
 def test_the_other_precisions_and_the_standard_schedule_train(flags: list[str], tmp_path: Path) -> None:
-    arguments = ["--net", "resnet8", "--epochs", "2", "--cycles", "2", "--validation", "100", "--out", str(tmp_path)]
+    arguments = [
+        "--net",
+        "resnet8",
+        "--epochs",
+        "2",
+        "--cycles",
+        "2",
+        "--validation",
+        "100",
+        "--out",
+        str(tmp_path),
+    ]
     assert train.main([*arguments, *flags]) == 0
     first, second = RunFolder(tmp_path).metrics()
     assert second["train_error"] < first["train_error"] < 80
