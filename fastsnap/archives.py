@@ -9,7 +9,7 @@ import gzip
 import pickle
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +57,16 @@ class Call:
         self.state = state
 
 
-# The unpickler written in Python: the one in C copies every string twice, which is seconds and hundreds of
-# megabytes here, and four bytes of a pickle can make it allocate a memo of gigabytes.
+# The unpickler written in Python: the one in C copies every string twice, which is hundreds of megabytes here, and
+# four bytes of a pickle can make it allocate a memo of gigabytes.
 class RecordingUnpickler(pickle._Unpickler):
     """Admits plain containers and ADMITTED_NAMES, and makes no call."""
+
+    # A bytearray would be filled with zeros to whatever size is claimed, before the file is found to be shorter.
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+    }
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         super().__init__(file, encoding="bytes")  # the published archives are Python 2 pickles
@@ -138,11 +144,11 @@ def _recorded_array(value: Any) -> NDArray[Any]:
     return np.frombuffer(_as_bytes(data), _as_dtype(dtype)).reshape(shape, order=order)
 
 
-def _as_bytes(data: Any) -> bytes | bytearray:
+def _as_bytes(data: Any) -> bytes:
     if isinstance(data, Call) and data.name == "encode":  # how Python 3 writes bytes for protocols 0 to 2
         text, _encoding = data.arguments
         return as_text(text).encode("latin1")
-    if not isinstance(data, bytes | bytearray):
+    if not isinstance(data, bytes):
         raise ValueError(f"the data of an array should be bytes, got {type(data).__name__}")
     return data
 

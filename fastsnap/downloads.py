@@ -26,8 +26,8 @@ class Publication:
     download: Callable[[Path], None]  # into a folder of data sets, verified before anything is unpacked
 
 
-# torchvision is imported when it is needed, since that takes seconds. It downloads and verifies; reading is not
-# left to it, since it would unpickle the files.
+# torchvision is imported when it is needed, since that takes seconds. It downloads and verifies; it does not
+# read, since it would unpickle the files.
 def _download_cifar10(folder: Path) -> None:
     from torchvision.datasets import CIFAR10, utils
 
