@@ -35,7 +35,7 @@ RECIPES = {
     "cifar100": Recipe("resnet110", epochs=200, learning_rate=0.2),
     "fashion-mnist": Recipe("resnet20", epochs=50, learning_rate=0.1),
     # Small enough for a first try: about a minute on two CPU cores.
-    "digits": Recipe("resnet8", epochs=60, learning_rate=0.1),
+    "digits": Recipe("resnet20", epochs=60, learning_rate=0.1),
 }
 
 
