@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastsnap" / "__init__.py").read_text())[1]
@@ -19,6 +19,17 @@ setup(
     # By hand: `kernels` is a popular name on PyPI, so it must never be installed as a top-level package.
     packages=["fastsnap", "fastsnap.kernels"],
     package_dir={"fastsnap": "fastsnap", "fastsnap.kernels": "kernels"},
+    # A plain shared library behind ctypes: needs neither Python's nor torch's headers, only a C++ compiler. A fused
+    # multiply-add happens where one is written and nowhere else, so that all machines round alike.
+    ext_modules=[
+        Extension(
+            "fastsnap.kernels._cpu",
+            sources=["kernels/update_cpu.cpp", "kernels/averaging_cpu.cpp"],
+            depends=["kernels/cpu.h"],
+            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off"],
+            extra_link_args=["-fopenmp"],
+        )
+    ],
     install_requires=[
         "torch>=2.9,<2.15",
         "torchvision>=0.24,<0.30",

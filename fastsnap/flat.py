@@ -1,30 +1,34 @@
 """One contiguous tensor for all trainable parameters of a network.
 
-The parameters stay ordinary `nn.Parameter`s, but their memory becomes views into one tensor: a snapshot is one copy, a
-checkpoint one tensor, an average of weights one lerp, an update one launch. Gradients stay where autograd puts them:
-gradient views assigned in advance would make autograd accumulate in place, one more kernel for every tensor.
+The parameters stay ordinary `nn.Parameter`s, but their memory becomes views into one tensor: a snapshot is one
+copy, a checkpoint one tensor, an average of weights one lerp, an update one launch. Gradients stay where autograd
+puts them: gradient views assigned in advance would make it accumulate in place, a kernel more for every tensor.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 16  # elements between possible starts: 32 bytes in bf16, so that 128-bit accesses are aligned
+from fastsnap.kernels.update import Layout
+
+GRADIENT_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+ALIGNMENT = 16  # elements; 32 bytes in bf16, so 128-bit accesses are aligned at the start of every parameter
 
 
 class FlatParameters:
-    """Storage [numel, padded] fp32 or bf16, whose views the trainable parameters of a network become.
+    """Storage whose views the parameters of a network become.
 
-    parameters  a module, or (name, parameter) pairs such as `module.named_parameters()`; those that need no gradient
-                are left alone, those that share one tensor count once
+    parameters  a module (those of its parameters that need a gradient) or (name, parameter) pairs (all of them);
+                a parameter that comes twice counts once
     device      where the storage lies; default: where the parameters are
 
-    data        the storage; the gaps between parameters are zero and stay zero
-    names, parameters, offsets
-                one entry per parameter, in the order given; offsets are in elements, multiples of ALIGNMENT
-    Convolution weights (4 dimensions) are laid out channels-last, everything else row-major.
-    Raises ValueError for parameters of several dtypes or devices, other dtypes, and when there is none.
+    data        fp32 or bf16 [numel, padded]; the gaps between parameters are zero and stay zero
+    names, parameters, offsets, strides
+                one entry per parameter, in the order given; offsets in elements, multiples of ALIGNMENT
+    Convolution weights (4 dimensions) become channels-last, everything else row-major. Existing gradients stay.
+    Raises ValueError for parameters of several or other dtypes, of several devices, and for none at all.
     """
 
     def __init__(
@@ -32,8 +36,9 @@ class FlatParameters:
         parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
         device: torch.device | str | None = None,
     ) -> None:
-        named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
-        unique = {parameter: name for name, parameter in named if parameter.requires_grad}
+        if isinstance(parameters, nn.Module):
+            parameters = [(name, p) for name, p in parameters.named_parameters() if p.requires_grad]
+        unique = {parameter: name for name, parameter in parameters}
         self.names = list(unique.values())
         self.parameters = list(unique)
         _require_one_kind(self.names, self.parameters)
@@ -42,30 +47,75 @@ class FlatParameters:
             self.offsets.append(numel)
             numel += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         first = self.parameters[0]
+        self.strides = [_strides(parameter.shape) for parameter in self.parameters]
         self.data = torch.zeros(numel, dtype=first.dtype, device=first.device if device is None else device)
-        self._attach()
-
-    def _attach(self) -> None:
         views = self.views(self.data)
+        self._addresses = [view.data_ptr() for view in views]
         with torch.no_grad():
             for parameter, view in zip(self.parameters, views, strict=True):
                 view.copy_(parameter)
                 parameter.data = view
-        self.strides = [view.stride() for view in views]
-        self._addresses = [view.data_ptr() for view in views]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Views of `flat`, a tensor of the size of `data`, with the shapes and strides of the parameters."""
         if flat.shape != self.data.shape:
-            raise ValueError(f"flat must have shape {tuple(self.data.shape)}, got {tuple(flat.shape)}")
+            raise ValueError(f"flat must have shape {list(self.data.shape)}, got {list(flat.shape)}")
         return [
-            flat.as_strided(parameter.shape, _strides(parameter.shape), flat.storage_offset() + offset)
-            for parameter, offset in zip(self.parameters, self.offsets, strict=True)
+            flat.as_strided(parameter.shape, strides, flat.storage_offset() + offset)
+            for parameter, strides, offset in zip(self.parameters, self.strides, self.offsets, strict=True)
         ]
+
+    def layout(self) -> Layout:
+        """Starts and sizes of the parameters, as the update kernels take them."""
+        return Layout(tuple(self.offsets), tuple(parameter.numel() for parameter in self.parameters))
 
     def attached(self) -> bool:
         """Whether every parameter still is a view of `data`: moving or re-assigning the network breaks it."""
         return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
+
+    def ends_attached(self) -> bool:
+        """`attached` for the first and the last parameter: cheap, and what moves a network moves all of it."""
+        return all(self.parameters[end].data_ptr() == self._addresses[end] for end in (0, -1))
+
+    def gradients(self) -> tuple[list[Tensor | None], torch.dtype]:
+        """The gradients, dense and in the memory order of `data`, and their dtype; None where there is none.
+
+        A gradient of other strides is copied. Raises ValueError naming the parameter for one that is sparse, on
+        another device or neither fp32, bf16 nor fp16, and for several dtypes.
+        """
+        gradients = [parameter.grad for parameter in self.parameters]
+        if not self._usual(gradients):
+            for i, gradient in enumerate(gradients):
+                gradients[i] = None if gradient is None else self._usable(i, gradient)
+        dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
+        if len(dtypes) > 1:
+            raise ValueError(f"gradients must be of one dtype, got {sorted(map(str, dtypes))}")
+        return gradients, dtypes.pop() if dtypes else torch.float32
+
+    def _usual(self, gradients: list[Any]) -> bool:
+        """Whether all are as autograd leaves them; in comprehensions, since this runs at every step."""
+        try:
+            strides = [gradient.stride() for gradient in gradients]
+        except (AttributeError, RuntimeError):  # None, or sparse
+            return False
+        return (
+            strides == self.strides
+            and {gradient.dtype for gradient in gradients} <= GRADIENT_DTYPES
+            and {gradient.get_device() for gradient in gradients} == {self.data.get_device()}
+        )
+
+    def _usable(self, index: int, gradient: Tensor) -> Tensor:
+        device, shape = self.data.device, self.parameters[index].shape
+        if gradient.layout is not torch.strided or gradient.dtype not in GRADIENT_DTYPES:
+            wanted, got = "dense float32, bfloat16 or float16", f"{gradient.layout} {gradient.dtype}"
+        elif gradient.device != device or gradient.shape != shape:
+            wanted, got = f"{list(shape)} on {device}", f"{list(gradient.shape)} on {gradient.device}"
+        else:
+            strides = self.strides[index]
+            if gradient.stride() == strides:
+                return gradient
+            return torch.empty_strided(shape, strides, dtype=gradient.dtype, device=device).copy_(gradient)
+        raise ValueError(f"the gradient of parameter {self.names[index]} must be {wanted}, got {got}")
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:
@@ -83,6 +133,6 @@ def _require_one_kind(names: list[str], parameters: list[nn.Parameter]) -> None:
             raise ValueError(f"parameter {name} must be float32 or bfloat16, got {parameter.dtype}")
         if parameter.dtype != first.dtype or parameter.device != first.device:
             raise ValueError(
-                f"parameter {name} is {parameter.dtype} on {parameter.device}, but {names[0]} is {first.dtype} on "
-                f"{first.device}: flat storage needs one dtype and one device; convert the network with .to(...) first"
+                f"parameter {name} is {parameter.dtype} on {parameter.device}, but {names[0]} is {first.dtype} "
+                f"on {first.device}: flat storage needs one of each; convert the network with .to(...) before"
             )

@@ -1,9 +1,13 @@
-"""Averaging the members of an ensemble: everything the metrics need, for every number of members, in one pass.
+"""Averaging the members of an ensemble: what every metric needs, for every number of members, in one pass.
 
-The softmax outputs of the first m members (in the order asked for) are averaged, for every m = 1..M, and reduced per
-sample at once, so that no [M, N, C] probabilities are ever written. Floor: each logit is read once.
+The softmax outputs of the members are added one after the other; after each, the average is reduced per sample at
+once, so that [M, N, C] probabilities are never written. Floor: each logit is read once.
+
+This file is the contract, the reference and the choice of the kernel (`averaging_cpu`, `averaging_triton`).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,20 +15,32 @@ import torch
 from torch import Tensor
 
 Order = Literal["last", "first"]
+PER_SAMPLE = {
+    "prediction": torch.int64,
+    "confidence": torch.float32,
+    "label_log_probability": torch.float32,
+    "label_rank": torch.int32,
+    "sum_of_squares": torch.float32,
+    "entropy": torch.float32,
+    "mutual_information": torch.float32,
+    "disagreement": torch.int32,
+}
+OF_LABEL = ("label_log_probability", "label_rank")
 
 
 @dataclass(frozen=True)
 class EnsembleStatistics:
     """Per number of members m = 1..M (row m - 1) and per sample, from the averaged probabilities.
 
-    prediction             int64 [M, N], most probable class, ties go to the smallest
+    prediction             int64 [M, N], the most probable class, ties go to the smallest
     confidence             float32 [M, N], its probability
-    label_log_probability  float32 [M, N], log of the probability of the label, finite however small; None without labels
-    label_rank             int32 [M, N], number of classes before the label, ties go to the smallest class; None without
+    label_log_probability  float32 [M, N], finite however improbable the label is; None without labels
+    label_rank             int32 [M, N], number of classes before the label, ties go to the smallest class; None
+                           without labels
     sum_of_squares         float32 [M, N], of the probabilities
     entropy                float32 [M, N], of the averaged probabilities, in nats (total uncertainty)
-    mutual_information     float32 [M, N], entropy less the average of the members' entropies, in nats, >= 0
-    disagreement           int32 [M, N], members among the m that predict another class than the ensemble of the m
+    mutual_information     float32 [M, N], entropy less the members' average entropy, in nats, >= 0
+    disagreement           int32 [M, N], how many of the m members predict another class than their ensemble
     probabilities          float32 [N, C], averaged over all M members; None unless asked for
     """
 
@@ -49,124 +65,137 @@ def average_members(
     labels: Tensor | None = None,
     *,
     order: Order = "last",
-    weights: Tensor | None = None,
+    weights: Tensor | Sequence[float] | None = None,
     temperature: float = 1.0,
     probabilities: bool = False,
 ) -> EnsembleStatistics:
-    """Statistics of the ensembles of m = 1..M members.
+    """Statistics of the ensembles of m = 1..M members, in fp32.
 
     logits         [M, N, C], any float type and strides
-    labels         int64 [N] in 0..C-1, or None
+    labels         integers [N] in 0..C-1, or None
     order          "last": the ensemble of m is the last m members; "first": the first m
-    weights        [M], > 0, one per member, normalised over the m members; default: equal
-    temperature    > 0, divides the logits
+    weights        [M] finite and > 0, one per member, normalised over the m members; default: equal
+    temperature    finite and > 0, divides the logits
     probabilities  also return the averaged probabilities of all M members
 
-    Raises ValueError for wrong shapes, types and values, and for logits that are NaN or infinite, naming the members.
+    Raises ValueError for wrong shapes, types and values, and for NaN or infinite logits, naming the members.
     """
-    weights_M = _checked(logits, labels, order, weights, temperature)
-    return reference_averaging(logits, labels, order, weights_M, temperature, probabilities)
+    _check(logits, labels, order, temperature)
+    members = len(logits)
+    joining = list(range(members)) if order == "first" else list(range(members - 1, -1, -1))
+    weights_M = _checked_weights(weights, members)
+    if logits.is_cuda:
+        from .averaging_triton import triton_averaging as averaging
+    else:
+        from .averaging_cpu import cpu_averaging as averaging
+    in_order = [weights_M[member] for member in joining]
+    statistics, invalid_M = averaging(logits, labels, joining, in_order, temperature, probabilities)
+    _require_finite(dict(zip(joining, invalid_M.tolist(), strict=True)), logits.shape[1])
+    return statistics
 
 
-def _checked(
-    logits: Tensor, labels: Tensor | None, order: str, weights: Tensor | None, temperature: float
-) -> list[float]:
-    """The weights of the members, after all arguments have been looked at."""
-    if logits.ndim != 3 or not logits.is_floating_point() or logits.shape[0] < 1 or logits.shape[2] < 2:
+def _check(logits: Tensor, labels: Tensor | None, order: str, temperature: float) -> None:
+    shape = list(logits.shape)
+    if not logits.is_floating_point() or len(shape) != 3 or shape[0] < 1 or shape[2] < 2:
         raise ValueError(
-            "logits must be floating point [members >= 1, samples, classes >= 2], "
-            f"got {logits.dtype} {list(logits.shape)}"
+            f"logits must be floats [members >= 1, samples, classes >= 2], got {logits.dtype} {shape}"
         )
-    members, samples, classes = logits.shape
     if order not in ("last", "first"):
         raise ValueError(f'order must be "last" or "first", got {order!r}')
-    if not 0 < temperature < float("inf"):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and above 0, got {temperature}")
-    if labels is not None:
-        if labels.shape != (samples,) or labels.is_floating_point() or labels.device != logits.device:
-            raise ValueError(
-                f"labels must be integers [{samples}] on {logits.device}, "
-                f"got {labels.dtype} {list(labels.shape)} on {labels.device}"
-            )
-        if samples and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-            raise ValueError(
-                f"labels must lie in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}"
-            )
-    weights_M = [1.0] * members if weights is None else [float(weight) for weight in weights]
-    if len(weights_M) != members or not all(0 < weight < float("inf") for weight in weights_M):
+    if labels is None:
+        return
+    if labels.shape != logits.shape[1:2] or labels.is_floating_point() or labels.device != logits.device:
         raise ValueError(
-            f"weights must be {members} finite numbers above 0, got {weights_M}: to weigh a member 0, leave it out"
+            f"labels must be integers [{shape[1]}] on {logits.device}, "
+            f"got {labels.dtype} {list(labels.shape)} on {labels.device}"
+        )
+    if shape[1]:
+        low, high = labels.min().item(), labels.max().item()
+        if low < 0 or high >= shape[2]:
+            raise ValueError(f"labels must lie in 0..{shape[2] - 1}, got {low}..{high}")
+
+
+def _checked_weights(weights: Tensor | Sequence[float] | None, members: int) -> list[float]:
+    weights_M = [1.0] * members if weights is None else [float(weight) for weight in weights]
+    if len(weights_M) != members or not all(0 < weight < math.inf for weight in weights_M):
+        raise ValueError(
+            f"weights must be {members} finite numbers above 0, got {weights_M}: "
+            "leave a member out instead of giving it weight 0"
         )
     return weights_M
+
+
+def _require_finite(invalid: dict[int, int], samples: int) -> None:
+    named = [f"member {member} in {invalid[member]} samples" for member in sorted(invalid) if invalid[member]]
+    if named:
+        raise ValueError(
+            f"logits must be finite, got NaN or infinity from {', '.join(named)} of {samples}: leave them out"
+        )
+
+
+def empty_statistics(logits: Tensor, labels: Tensor | None, probabilities: bool) -> EnsembleStatistics:
+    """Statistics for a kernel to write into, on the device of `logits`."""
+    members, samples, classes = logits.shape
+    fields: dict[str, Tensor | None] = {
+        name: torch.empty(members, samples, dtype=dtype, device=logits.device)
+        for name, dtype in PER_SAMPLE.items()
+    }
+    if labels is None:
+        fields |= dict.fromkeys(OF_LABEL)
+    mean = torch.empty(samples, classes, device=logits.device) if probabilities else None
+    return EnsembleStatistics(**fields, probabilities=mean)  # type: ignore[arg-type]
 
 
 def reference_averaging(
     logits: Tensor,
     labels: Tensor | None,
-    order: str,
-    weights_M: list[float],
+    joining: Sequence[int],
+    weights_M: Sequence[float],
     temperature: float,
     probabilities: bool,
-) -> EnsembleStatistics:
-    """The statistics in plain PyTorch, member after member, in fp32 (fp64 for fp64 logits)."""
-    members, samples, classes = logits.shape
+) -> tuple[EnsembleStatistics, Tensor]:
+    """The statistics in plain PyTorch, in fp32 or in the fp64 of the logits: what the kernels are tested against.
+
+    joining    the members in the order in which they join; weights_M in that order
+    Returns the statistics and int64 [M], the number of samples with NaN or infinite logits, in that order.
+    """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    order_M = range(members) if order == "first" else range(members - 1, -1, -1)
-    sum_NC = torch.zeros(samples, classes, dtype=dtype, device=logits.device)
-    log_label_N = torch.full((samples,), -torch.inf, dtype=dtype, device=logits.device)
-    entropies_N = torch.zeros_like(log_label_N)
-    votes_MN = torch.empty(members, samples, dtype=torch.int64, device=logits.device)
-    bad_M, rows, total = {}, [], 0.0
-    for count, member in enumerate(order_M, start=1):
-        weight = weights_M[member]
-        total += weight
-        scaled_NC = logits[member].to(dtype) / temperature
-        bad = int((~torch.isfinite(scaled_NC)).any(1).sum())
-        if bad:
-            bad_M[member] = bad
-        log_NC = scaled_NC.log_softmax(1)
-        exp_NC = log_NC.exp()
-        sum_NC += weight * exp_NC
-        entropies_N += weight * -torch.where(exp_NC > 0, exp_NC * log_NC, 0).sum(1)
-        votes_MN[count - 1] = scaled_NC.argmax(1)
-        row = _row(sum_NC / total, entropies_N / total, votes_MN[:count])
-        if labels is not None:
-            label_N1 = labels.long()[:, None]
-            log_label_N = torch.logaddexp(
-                log_label_N, log_NC.gather(1, label_N1)[:, 0] + torch.tensor(weight).log()
-            )
-            row["label_log_probability"] = log_label_N - torch.tensor(total, dtype=dtype).log()
-            row["label_rank"] = _rank(sum_NC, label_N1)
-        rows.append(row)
-    _require_finite(bad_M, samples)
-    fields: dict[str, Tensor | None] = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    if labels is None:
-        fields |= {"label_log_probability": None, "label_rank": None}
-    return EnsembleStatistics(**fields, probabilities=sum_NC / total if probabilities else None)
+    logits_MNC = logits[list(joining)].to(dtype) / temperature
+    weights_M1 = torch.tensor(weights_M, dtype=dtype, device=logits.device)[:, None]
+    totals_M1 = weights_M1.cumsum(0)
+    log_MNC = logits_MNC.log_softmax(2)
+    members_MNC = log_MNC.exp()
+    mean_MNC = (weights_M1[:, :, None] * members_MNC).cumsum(0) / totals_M1[:, :, None]
+    confidence_MN, prediction_MN = mean_MNC.max(2)
+    entropy_MN = torch.special.entr(mean_MNC).sum(2)
+    member_entropy_MN = -(members_MNC * log_MNC.clamp(min=torch.finfo(dtype).min)).sum(2)
+    expected_MN = (weights_M1 * member_entropy_MN).cumsum(0) / totals_M1
+    votes_MN = logits_MNC.argmax(2)
+    count_M = range(1, len(logits) + 1)
+    statistics = EnsembleStatistics(
+        prediction=prediction_MN,
+        confidence=confidence_MN,
+        label_log_probability=None if labels is None else _log_label(log_MNC, labels, weights_M1),
+        label_rank=None if labels is None else _rank(mean_MNC, labels),
+        sum_of_squares=mean_MNC.square().sum(2),
+        entropy=entropy_MN,
+        mutual_information=(entropy_MN - expected_MN).clamp(min=0),
+        disagreement=torch.stack([(votes_MN[:m] != prediction_MN[m - 1]).sum(0).int() for m in count_M]),
+        probabilities=mean_MNC[-1] if probabilities else None,
+    )
+    return statistics, (~torch.isfinite(logits_MNC)).any(2).sum(1)
 
 
-def _row(mean_NC: Tensor, entropies_N: Tensor, votes_mN: Tensor) -> dict[str, Tensor]:
-    confidence_N, prediction_N = mean_NC.max(1)
-    entropy_N = torch.special.entr(mean_NC).sum(1)
-    return {
-        "prediction": prediction_N,
-        "confidence": confidence_N,
-        "sum_of_squares": mean_NC.square().sum(1),
-        "entropy": entropy_N,
-        "mutual_information": (entropy_N - entropies_N).clamp(min=0),
-        "disagreement": (votes_mN != prediction_N).sum(0).int(),
-    }
+def _log_label(log_MNC: Tensor, labels: Tensor, weights_M1: Tensor) -> Tensor:
+    index_MN1 = labels.long()[None, :, None].expand(len(log_MNC), -1, 1)
+    weighted_MN = log_MNC.gather(2, index_MN1)[:, :, 0] + weights_M1.log()
+    return weighted_MN.logcumsumexp(0) - weights_M1.cumsum(0).log()
 
 
-def _rank(sum_NC: Tensor, label_N1: Tensor) -> Tensor:
-    of_label_N1 = sum_NC.gather(1, label_N1)
-    earlier_NC = torch.arange(sum_NC.shape[1], device=sum_NC.device) < label_N1
-    return ((sum_NC > of_label_N1) | ((sum_NC == of_label_N1) & earlier_NC)).sum(1).int()
-
-
-def _require_finite(bad_M: dict[int, int], samples: int) -> None:
-    if bad_M:
-        named = ", ".join(
-            f"member {member} in {bad_M[member]} of {samples} samples" for member in sorted(bad_M)
-        )
-        raise ValueError(f"logits must be finite, got NaN or infinity from {named}: leave these members out")
+def _rank(mean_MNC: Tensor, labels: Tensor) -> Tensor:
+    label_N1 = labels.long()[:, None]
+    of_label_MN1 = mean_MNC.gather(2, label_N1.expand(len(mean_MNC), -1, -1))
+    earlier_NC = torch.arange(mean_MNC.shape[2], device=labels.device) < label_N1
+    return ((mean_MNC > of_label_MN1) | ((mean_MNC == of_label_MN1) & earlier_NC)).sum(2).int()

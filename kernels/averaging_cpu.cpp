@@ -1,0 +1,269 @@
+// Statistics of the ensembles of m = 1..M members, sample by sample: see EnsembleStatistics in averaging.py.
+//
+// A sample's classes stay in the nearest cache while all members are added, so each logit is read once from memory.
+// Sums run in fp32 over blocks of classes and in fp64 over the blocks: 1e-6 for tens of thousands of classes too.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 256;  // classes
+constexpr int64_t PADDING = 16;  // classes; rows are padded with impossible classes, so that loops have no remainders
+
+INLINE float exp_of_negative(float x) {  // relative error 2e-7; 0 below -87
+    const float shifted = x * 1.44269504f + 12582912.0f;  // the last bits hold round(x / ln 2)
+    const float twos = shifted - 12582912.0f;
+    const float rest = (x - twos * 0.693359375f) - twos * -2.12194440e-4f;
+    float sum = 1.0f / 5040;
+    sum = sum * rest + 1.0f / 720;
+    sum = sum * rest + 1.0f / 120;
+    sum = sum * rest + 1.0f / 24;
+    sum = sum * rest + 1.0f / 6;
+    sum = sum * rest + 0.5f;
+    sum = sum * rest + 1.0f;
+    sum = sum * rest + 1.0f;
+    const float power = from_bits(to_bits(sum) + (to_bits(shifted) << 23));
+    return x < -87.0f ? 0.0f : power;
+}
+
+INLINE float log_of_probability(float x) {  // absolute error 1e-7 times |log x|; finite, if meaningless, at 0
+    const uint32_t bits = to_bits(x) - 0x3f3504f3;  // so that the mantissa lies in sqrt(1/2)..sqrt(2)
+    const float exponent = static_cast<float>(static_cast<int32_t>(bits) >> 23);
+    const float mantissa = from_bits((bits & 0x007fffff) + 0x3f3504f3);
+    const float ratio = (mantissa - 1.0f) / (mantissa + 1.0f), square = ratio * ratio;  // log m = 2 atanh(ratio)
+    const float series = 2.0f + square * (2.0f / 3 + square * (2.0f / 5 + square * (2.0f / 7 + square * (2.0f / 9))));
+    return exponent * 0.693147181f + ratio * series;
+}
+
+template <typename Type>
+INLINE bool read(const Type* logits, int64_t stride, int64_t classes, float temperature, float* scaled) {
+    int invalid = 0;
+    if (stride == 1) {
+#pragma omp simd reduction(| : invalid)
+        for (int64_t c = 0; c < classes; ++c) {
+            scaled[c] = load(logits[c]) / temperature;
+            invalid |= !(std::fabs(scaled[c]) <= 3.4028234e38f);
+        }
+        return invalid != 0;
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+        scaled[c] = load(logits[c * stride]) / temperature;
+        invalid |= !(std::fabs(scaled[c]) <= 3.4028234e38f);
+    }
+    return invalid != 0;
+}
+
+#define READ(Type)                                                                                              \
+    CLONES bool read_row(const Type* logits, int64_t stride, int64_t classes, float temperature, float* scaled) { \
+        return read(logits, stride, classes, temperature, scaled);                                              \
+    }
+READ(float)
+READ(double)
+READ(BFloat16)
+READ(Float16)
+
+CLONES float largest(const float* values, int64_t classes) {
+    float best = values[0];
+#pragma omp simd reduction(max : best)
+    for (int64_t c = 0; c < classes; ++c) best = values[c] > best ? values[c] : best;
+    return best;
+}
+
+CLONES int32_t first_index(const float* values, int32_t classes, float value) {
+    int32_t first = classes;
+#pragma omp simd reduction(min : first)
+    for (int32_t c = 0; c < classes; ++c) {
+        const int32_t here = values[c] == value ? c : classes;
+        first = here < first ? here : first;
+    }
+    return first;
+}
+
+CLONES int32_t classes_before(const float* values, int32_t classes, int32_t label) {
+    const float value = values[label];
+    int32_t before = 0;
+#pragma omp simd reduction(+ : before)
+    for (int32_t c = 0; c < classes; ++c) before += (values[c] > value) | ((values[c] == value) & (c < label));
+    return before;
+}
+
+struct Softmax {
+    double sum, log_sum, entropy;
+};
+
+CLONES Softmax exponentials(float* values, int64_t classes, float best) {  // values -> exp(values - best)
+    double sum = 0, weighted = 0;
+    for (int64_t begin = 0; begin < classes; begin += BLOCK) {
+        const int64_t end = begin + BLOCK < classes ? begin + BLOCK : classes;
+        float block_sum = 0, block_weighted = 0;
+#pragma omp simd reduction(+ : block_sum, block_weighted)
+        for (int64_t c = begin; c < end; ++c) {
+            const float below = values[c] - best;
+            const float distance = below < -1000.0f ? -1000.0f : below;  // exp is 0 long before; avoids 0 * infinity
+            const float power = exp_of_negative(distance);
+            values[c] = power;
+            block_sum += power;
+            block_weighted += power * distance;
+        }
+        sum += block_sum;
+        weighted += block_weighted;
+    }
+    const double log_sum = std::log(sum);
+    return {sum, log_sum, log_sum - weighted / sum};
+}
+
+struct Reduction {
+    float best;
+    double squares, entropy;
+};
+
+CLONES Reduction add_and_reduce(float* sums, const float* powers, int64_t classes, float share, float inverse_total) {
+    Reduction all{0, 0, 0};
+    float best = 0;
+    for (int64_t begin = 0; begin < classes; begin += BLOCK) {
+        const int64_t end = begin + BLOCK < classes ? begin + BLOCK : classes;
+        float squares = 0, entropy = 0;
+#pragma omp simd reduction(+ : squares, entropy) reduction(max : best)
+        for (int64_t c = begin; c < end; ++c) {
+            sums[c] += share * powers[c];
+            best = sums[c] > best ? sums[c] : best;
+            const float probability = sums[c] * inverse_total;
+            squares += probability * probability;
+            entropy -= probability * log_of_probability(probability);
+        }
+        all.squares += squares;
+        all.entropy += entropy;
+    }
+    all.best = best;
+    return all;
+}
+
+}  // namespace
+
+struct Averaging {  // the same layout as AveragingArguments in averaging_cpu.py
+    const void* logits;
+    int64_t type, member_stride, sample_stride, class_stride;
+    int64_t members, samples, classes;
+    const int64_t* order;  // [M] members in the order in which they join; invalid and weights are in this order too
+    const double* weights;
+    const int64_t* labels;  // [N] or null
+    int64_t* prediction;  // [M, N], as all down to disagreement
+    float* confidence;
+    float* label_log_probability;  // null without labels, as label_rank
+    int32_t* label_rank;
+    float* sum_of_squares;
+    float* entropy;
+    float* mutual_information;
+    int32_t* disagreement;
+    float* probabilities;  // [N, C] or null
+    int64_t* invalid;  // [M] number of samples with NaN or infinite logits
+    int64_t threads;
+    double temperature;
+};
+
+namespace {
+
+struct Total {  // of the weights of the members so far
+    double sum, log_sum, log_weight;
+};
+
+struct Scratch {  // of one thread
+    std::vector<float> sums, values;  // [padded classes]
+    std::vector<int32_t> votes;  // [M]
+};
+
+struct Progress {  // of one sample
+    double entropies = 0, log_label = -INFINITY;
+};
+
+double add_logs(double a, double b) {  // log(exp(a) + exp(b))
+    const double high = a > b ? a : b, low = a > b ? b : a;
+    return high + std::log1p(std::exp(low - high));
+}
+
+template <typename Type>
+void read_logits(const Averaging& job, int64_t m, int64_t sample, float* values) {
+    const Type* row =
+        static_cast<const Type*>(job.logits) + job.order[m] * job.member_stride + sample * job.sample_stride;
+    if (read_row(row, job.class_stride, job.classes, static_cast<float>(job.temperature), values)) {
+#pragma omp atomic
+        job.invalid[m] += 1;
+    }
+}
+
+void add_member(const Averaging& job, int64_t m, int64_t sample, const Total& total, Scratch& scratch,
+                Progress& progress) {
+    const int64_t out = m * job.samples + sample, padded = static_cast<int64_t>(scratch.sums.size());
+    const int32_t classes = static_cast<int32_t>(padded);
+    float *sums = scratch.sums.data(), *values = scratch.values.data();
+    const float best = largest(values, padded);
+    scratch.votes[m] = first_index(values, classes, best);
+    const double label_logit = job.labels == nullptr ? 0 : static_cast<double>(values[job.labels[sample]]) - best;
+    const Softmax softmax = exponentials(values, padded, best);
+    const float share = static_cast<float>(job.weights[m] / softmax.sum);
+    const Reduction mean = add_and_reduce(sums, values, padded, share, static_cast<float>(1 / total.sum));
+    const int32_t prediction = first_index(sums, classes, mean.best);
+    progress.entropies += job.weights[m] * softmax.entropy;
+    job.prediction[out] = prediction;
+    job.confidence[out] = static_cast<float>(mean.best / total.sum);
+    job.sum_of_squares[out] = static_cast<float>(mean.squares);
+    job.entropy[out] = static_cast<float>(mean.entropy);
+    job.mutual_information[out] =
+        static_cast<float>(std::fmax(mean.entropy - progress.entropies / total.sum, 0));
+    int32_t against = 0;
+    for (int64_t voter = 0; voter <= m; ++voter) against += scratch.votes[voter] != prediction;
+    job.disagreement[out] = against;
+    if (job.labels == nullptr) return;
+    progress.log_label = add_logs(progress.log_label, total.log_weight + label_logit - softmax.log_sum);
+    job.label_log_probability[out] = static_cast<float>(progress.log_label - total.log_sum);
+    job.label_rank[out] = classes_before(sums, classes, static_cast<int32_t>(job.labels[sample]));
+}
+
+template <typename Type>
+void average_sample(const Averaging& job, int64_t sample, const std::vector<Total>& totals, Scratch& scratch) {
+    std::fill(scratch.sums.begin(), scratch.sums.end(), 0.0f);
+    Progress progress;
+    for (int64_t m = 0; m < job.members; ++m) {
+        std::fill(scratch.values.begin() + job.classes, scratch.values.end(), -INFINITY);
+        read_logits<Type>(job, m, sample, scratch.values.data());
+        add_member(job, m, sample, totals[m], scratch, progress);
+    }
+    if (job.probabilities == nullptr) return;
+    for (int64_t c = 0; c < job.classes; ++c)
+        job.probabilities[sample * job.classes + c] = static_cast<float>(scratch.sums[c] / totals.back().sum);
+}
+
+template <typename Type>
+void average_samples(const Averaging& job) {
+    std::vector<Total> totals;
+    double sum = 0;
+    for (int64_t m = 0; m < job.members; ++m) {
+        sum += job.weights[m];
+        totals.push_back({sum, std::log(sum), std::log(job.weights[m])});
+    }
+    const size_t padded = static_cast<size_t>((job.classes + PADDING - 1) / PADDING * PADDING);
+#pragma omp parallel num_threads(static_cast<int>(job.threads))
+    {
+        Scratch scratch{std::vector<float>(padded), std::vector<float>(padded), std::vector<int32_t>(totals.size())};
+#pragma omp for schedule(static)
+        for (int64_t sample = 0; sample < job.samples; ++sample)
+            average_sample<Type>(job, sample, totals, scratch);
+    }
+}
+
+}  // namespace
+
+extern "C" void fastsnap_average(const Averaging* job) {
+    switch (job->type) {
+        case 0: return average_samples<float>(*job);
+        case 1: return average_samples<BFloat16>(*job);
+        case 2: return average_samples<Float16>(*job);
+        case 3: return average_samples<double>(*job);
+    }
+}

@@ -1,0 +1,73 @@
+"""The update on a CPU: one call into update_cpu.cpp, which addresses the gradients through a table of pointers."""
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .cpu import address, library
+from .update import Layout, Rule, State
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class UpdateArguments(ctypes.Structure):
+    """`struct Update` of update_cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("chunks", "chunk_count", "addresses", "decays")),
+        *((name, ctypes.c_int64) for name in ("weights", "momentum", "copy", "average", "clock", "rate")),
+        *((name, ctypes.c_int64) for name in ("scale", "found_inf", "weight_type", "gradient_type")),
+        *((name, ctypes.c_int64) for name in ("nesterov", "threads")),
+        *((name, ctypes.c_double) for name in ("momentum_coefficient", "average_decay")),
+    )
+
+
+class CpuUpdate:
+    """`reference_update` as one call, bound to the tensors of a run."""
+
+    def __init__(
+        self, state: State, rule: Rule, layout: Layout, decays: Tensor, rate_of: Callable[[int], float]
+    ) -> None:
+        """decays: fp32 [tensors], weight decays, read at every update; rate_of: as in `reference_update`."""
+        self._function = library().fastsnap_update
+        self._function.restype = ctypes.c_int64
+        self._rate_of = rate_of
+        self._rate = ctypes.c_float.from_address(state.rate.data_ptr())
+        self._chunks = layout.chunks()
+        self._kept = state, decays  # the memory that the arguments point to
+        self._arguments = UpdateArguments(
+            chunks=self._chunks.data_ptr(),
+            chunk_count=len(self._chunks),
+            decays=decays.data_ptr(),
+            weights=state.weights.data_ptr(),
+            momentum=state.momentum.data_ptr(),
+            copy=address(state.copy),
+            average=address(state.average),
+            clock=state.clock.data_ptr(),
+            rate=state.rate.data_ptr(),
+            weight_type=TYPES[state.weights.dtype],
+            nesterov=rule.nesterov,
+            momentum_coefficient=rule.momentum,
+            average_decay=rule.average_decay or 0.0,
+        )
+
+    def __call__(
+        self,
+        gradients: Sequence[Tensor | None],
+        gradient_dtype: torch.dtype,
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> float:
+        """Update from dense gradients, one per tensor or None, all of `gradient_dtype`; returns the next rate."""
+        addresses = array("q", [0 if gradient is None else gradient.data_ptr() for gradient in gradients])
+        arguments = self._arguments
+        arguments.addresses = addresses.buffer_info()[0]
+        arguments.gradient_type = TYPES[gradient_dtype]
+        arguments.scale, arguments.found_inf = address(scale), address(found_inf)
+        arguments.threads = torch.get_num_threads()
+        rate = self._rate_of(self._function(ctypes.byref(arguments)))
+        self._rate.value = rate
+        return rate
