@@ -47,6 +47,7 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
             "mypy==2.4.1",
+            "setuptools>=64",  # builds the wheel that the tests look into
         ],
     },
 )

@@ -94,7 +94,9 @@ class TrainConfig:
         default="auto",
     )
     loader: str = _option(
-        "data pipeline, with the same batches; auto: DALI if installed", choices=LOADERS, default="auto"
+        "data pipeline, with the same batches; auto: DALI on CUDA if installed, else PyTorch's",
+        choices=LOADERS,
+        default="auto",
     )
     compile: str = _option("torch.compile; auto: on CUDA only", choices=COMPILE, default="auto")
     update: str = _option(

@@ -104,7 +104,6 @@ def evaluate_run(
         std=dataset.std,
         device=device,
         augment=False,
-        loader=config["loader"],
     )
     start = time.perf_counter()
     labels_N = torch.from_numpy(image_set.labels).to(device)

@@ -151,8 +151,8 @@ class TorchPipeline:
         return runs[starts].view(pixels.shape)
 
 
-def choose_loader(loader: str, device: torch.device | None = None) -> str:
-    """Which pipeline `loader` means, "dali" or "torch"; "auto" is what is faster on `device` (None: the CPU).
+def choose_loader(loader: str, device: torch.device) -> str:
+    """Which pipeline `loader` means, "dali" or "torch"; "auto" is what is faster on `device`.
 
     On a CPU that is PyTorch: it takes a third of DALI's time from the cores that train, and starts sooner.
     On a GPU it is DALI, where it is installed. Raises ValueError for another loader.
@@ -161,7 +161,7 @@ def choose_loader(loader: str, device: torch.device | None = None) -> str:
         raise ValueError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}")
     if loader != "auto":
         return loader
-    if device is None or device.type != "cuda":
+    if device.type != "cuda":
         return "torch"
     installed = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     return "dali" if installed else "torch"

@@ -88,7 +88,7 @@ def settle(config: TrainConfig) -> TrainConfig:
     device = choose_device(config.device)
     compiled = ("on" if device.type == "cuda" else "off") if config.compile == "auto" else config.compile
     precision = choose_precision(config.precision, device)
-    loader = choose_loader(config.loader)
+    loader = choose_loader(config.loader, device)
     return dataclasses.replace(
         config, device=device.type, precision=precision, compile=compiled, loader=loader
     )

@@ -202,7 +202,11 @@ def test_without_dali_the_error_names_the_package(monkeypatch):
 
 
 def test_auto_is_the_pytorch_pipeline_on_a_cpu():
-    assert make(random_images(3), "auto", batch_size=2).name == choose_loader("auto") == "torch"
+    assert (
+        make(random_images(3), "auto", batch_size=2).name
+        == choose_loader("auto", torch.device("cpu"))
+        == "torch"
+    )
 
 
 @pytest.mark.gpu
