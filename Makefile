@@ -1,11 +1,19 @@
-# fastsnap. Every command makes its environment in .venv first, and does not install twice.
+# Every command makes its environment in .venv first, and does not install twice.
 #
 #   make train                          5 snapshots on scikit-learn's digits, about a minute on two CPU cores
 #   make train DATASET=cifar100 M=5     the paper's recipe
 #   make test                           lint and tests
+#   make kernel-report                  the Triton kernels, compiled for three GPUs without one: registers, accesses
+#   make gpu-check                      everything that needs a GPU, into one report file
+#   make apex                           NVIDIA's apex, from source, for --update apex
 #
 # Variables of `make train`, each a flag of `python -m fastsnap.train` (unset: the data set's recipe):
 #   DATASET  M (cycles)  EPOCHS  NET  BATCH  LR  SEED  DATA (folder of the data sets)  OUT (run folder)  ARGS (further flags)
+
+.PHONY: help train test lint kernel-report gpu-check apex clean
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,13 +23,8 @@ TRAIN_FLAGS = $(call flag,DATASET,--dataset) $(call flag,M,--cycles) $(call flag
   $(call flag,BATCH,--batch-size) $(call flag,LR,--lr) $(call flag,SEED,--seed) $(call flag,DATA,--data) \
   $(call flag,OUT,--out) $(ARGS)
 
-.PHONY: train eval test lint kernel-report gpu-check apex clean
-
 train: .venv/installed
 	@$(BIN)/python -m fastsnap.train $(TRAIN_FLAGS)
-
-eval: .venv/installed
-	@$(BIN)/python -m fastsnap.ensemble_eval $(OUT) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest
@@ -31,16 +34,13 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Registers, memory accesses and launches of the Triton kernels, compiled for three GPUs without one.
 kernel-report: .venv/installed
 	@$(BIN)/python -m fastsnap.kernels.report
 
-# Everything that needs a GPU, into one report file; says so and ends well where there is none.
 gpu-check: .venv/installed
 	@$(BIN)/python benchmarks/gpu_check.py
 
-# NVIDIA's apex with its CUDA extensions, for --update apex and as an opponent in the benchmarks. PyPI's `apex` is
-# something else. Needs nvcc of torch's CUDA version and a GPU to be of use; takes a while.
+# With its CUDA extensions; PyPI's `apex` is something else. Needs nvcc of torch's CUDA version, and takes a while.
 APEX_TAG := 25.09
 apex: .venv/installed
 	$(BIN)/python -c "import torch.utils.cpp_extension as e, sys; e.CUDA_HOME or sys.exit('make apex needs the CUDA toolkit (nvcc); none was found')"
@@ -48,8 +48,8 @@ apex: .venv/installed
 	  "git+https://github.com/NVIDIA/apex@$(APEX_TAG)"
 
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp)
+	@echo "installing into .venv; torch and its CUDA libraries are several GB, which takes minutes on a slow connection"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dali,test]'
 	touch $@
 
