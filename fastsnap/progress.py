@@ -4,8 +4,10 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
 
 LINE_SECONDS = 5.0  # least time between two lines in a file, so that short epochs do not flood it
 SILENCE_SECONDS = 60.0  # longest time without a line, so that long epochs show that they go on
@@ -56,26 +58,26 @@ class ProgressDisplay:
     def __init__(self, console: Console, first_step: int, steps: int) -> None:
         self.console = console
         self._line_time = time.monotonic()
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if console.is_terminal:
-            self._bar = Progress(
-                BarColumn(bar_width=None), TextColumn("{task.description}"), console=console, expand=True
-            )
-            self._task = self._bar.add_task("starting", completed=first_step, total=steps)
+            self._bar = ProgressBar(total=steps, completed=first_step)
+            self._text = Text("starting")  # above the bar, where it can wrap on a narrow terminal
+            self._live = Live(Group(self._text, self._bar), console=console)
 
     def __enter__(self) -> "ProgressDisplay":
-        if self._bar:
-            self._bar.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
 
     def show(self, status: Status, *, epoch_ended: bool) -> None:
         """Move the bar; in a file, add a line when an epoch has ended or much time has passed, but not too often."""
-        if self._bar:
-            self._bar.update(self._task, completed=status.step, description=format_status(status))
+        if self._live:
+            self._bar.update(status.step)
+            self._text.plain = format_status(status)
             return
         silent = time.monotonic() - self._line_time
         if silent >= SILENCE_SECONDS or (
