@@ -88,12 +88,13 @@ class Trainer:
         epoch_ended = self.step % self.pipeline.steps_per_epoch == 0
         cycle_ended = self.schedule.ends_cycle(self.step - 1)
         checkpoint_due = bool(epoch_ended or stop_signal) or now - self._checkpoint_time >= CHECKPOINT_SECONDS
+        saving = cycle_ended or checkpoint_due
         look_due = self.step - self._look.step >= LOG_STEPS or now - self._look.time >= LOG_SECONDS
         if self.step == self._first_step + WARM_UP_STEPS:
             self._warm = (self.step, now)
         # Nothing is saved that was not looked at: a diverged network never replaces a good checkpoint or snapshot.
-        if cycle_ended or checkpoint_due or look_due:
-            self._look_at_loss(display, epoch_ended)
+        if saving or look_due:
+            self._look_at_loss(display, epoch_ended=epoch_ended, saving=saving)
         if cycle_ended:
             self._save_snapshot(display)
         if epoch_ended:
@@ -103,36 +104,38 @@ class Trainer:
         if stop_signal and self.step < self.schedule.steps:
             raise TrainingStopped(stop_signal)
 
-    def _look_at_loss(self, display: ProgressDisplay, epoch_ended: bool) -> None:
+    def _look_at_loss(self, display: ProgressDisplay, *, epoch_ended: bool, saving: bool) -> None:
         loss_sum, errors = self.train_step.totals.tolist()  # waits for the device
-        before, self._look = (
-            self._look,
-            Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen()),
-        )
-        if not math.isfinite(loss_sum):
+        before = self._look
+        self._look = Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen())
+        # The last update may have broken the weights after a loss that still was finite.
+        if not math.isfinite(loss_sum) or (saving and not self.optimizer.flat.data.isfinite().all()):
             raise TrainingDiverged(
                 f"the loss became NaN or infinite between steps {before.step + 1} and {self.step} "
                 f"(epoch {self._epoch()}, cycle {self._cycle()}); the {len(self.folder.snapshots())} snapshots saved "
                 f"before are kept in {self.folder.path}. Try a lower --lr or --precision fp32, with another --out"
             )
-        images = max(1, self._look.images - before.images)
-        status = Status(
-            step=self.step,
-            steps=self.schedule.steps,
-            epoch=self._epoch(),
-            epochs=-(-self.schedule.steps // self.pipeline.steps_per_epoch),
-            cycle=self._cycle(),
-            cycles=self.schedule.cycles,
-            learning_rate=self.schedule.rate(self.step - 1),
-            loss=(loss_sum - before.loss_sum) / images,
-            error=100 * (errors - before.errors) / images,
-            images_per_second=images / max(self._look.time - before.time, 1e-9),
-            seconds_left=self._seconds_left(),
-        )
+        status = self._status(before)
         display.show(status, epoch_ended=epoch_ended)
         if not self._estimated and self.step - self._first_step >= ESTIMATE_STEPS:
             self._estimated = True
             display.message(self._estimate(status))
+
+    def _status(self, before: Look) -> Status:
+        images = max(1, self._look.images - before.images)
+        return Status(
+            step=self.step,
+            steps=self.schedule.steps,
+            epoch=self._epoch(),
+            epochs=self.schedule.steps // self.pipeline.steps_per_epoch,
+            cycle=self._cycle(),
+            cycles=self.schedule.cycles,
+            learning_rate=self.schedule.rate(self.step - 1),
+            loss=(self._look.loss_sum - before.loss_sum) / images,
+            error=100 * (self._look.errors - before.errors) / images,
+            images_per_second=images / max(self._look.time - before.time, 1e-9),
+            seconds_left=self._seconds_left(),
+        )
 
     def _seconds_left(self) -> float:
         warm_step, warm_time = self._warm
@@ -140,7 +143,8 @@ class Trainer:
         return (self._look.time - warm_time) / steps * (self.schedule.steps - self.step) if steps else 0.0
 
     def _estimate(self, status: Status) -> str:
-        text = f"estimated time: {format_seconds(status.seconds_left)} on this {self.train_step.device.type.upper()}"
+        device = "GPU" if self.train_step.device.type == "cuda" else "CPU"
+        text = f"estimated time: {format_seconds(status.seconds_left)} on this {device}"
         if status.seconds_left > LONG_RUN_SECONDS:
             text += (
                 "; shorter with make variables EPOCHS=30, NET=resnet20 (--epochs, --net), with --train-images N, "

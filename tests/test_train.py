@@ -213,6 +213,21 @@ def test_a_diverged_run_names_the_steps_and_keeps_what_it_had(tmp_path: Path) ->
     assert all(tensor.isfinite().all() for tensor in checkpoint[0].values())
 
 
+def test_weights_broken_by_the_last_update_are_not_saved(tmp_path: Path) -> None:
+    config = train.settle(make_config(net="resnet8", epochs=1, cycles=1, loader="torch", out=str(tmp_path)))
+    trainer = train.build_trainer(config, load_dataset("digits"), RunFolder(tmp_path))
+
+    def overflow(optimizer, *_) -> None:
+        if optimizer.updates() == STEPS_PER_EPOCH - 1:
+            optimizer.flat.parameters[-1].grad.fill_(torch.inf)
+
+    trainer.optimizer.register_step_pre_hook(overflow)
+    with ProgressDisplay(Console(quiet=True), 0, STEPS_PER_EPOCH) as display, pytest.raises(TrainingDiverged):
+        trainer.run(display)
+    assert RunFolder(tmp_path).snapshots() == []
+    assert RunFolder(tmp_path).load_checkpoint() is None
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
