@@ -1,0 +1,196 @@
+"""The update on a GPU: one Triton launch for all tensors, one program for each chunk of at most CHUNK elements."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .update import STEP_DECAY, Layout, Rule, State
+
+BLOCK = 1024  # elements that a program handles at a time
+WARPS = 8
+CAPTURES_SET_ASIDE = 4  # how many captures may follow each other without an update outside of one
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+ALIGNMENT = tl.constexpr(16)  # elements, of every tensor in the flat tensors
+
+
+@triton.jit
+def quarter_sine(share):
+    """sin(pi/2 * share) for 0 <= share <= 1, to 1e-7: tl.sin would bring local memory and fp64 for large angles."""
+    angle = 1.5707963267948966 * share
+    square = angle * angle
+    series = tl.fma(square, -1.0 / 39916800, 1.0 / 362880)
+    series = tl.fma(square, series, -1.0 / 5040)
+    series = tl.fma(square, series, 1.0 / 120)
+    series = tl.fma(square, series, -1.0 / 6)
+    return tl.fma(angle * square, series, angle)
+
+
+@triton.jit
+def next_rate(step, steps, cycles, learning_rate, STEP_SCHEDULE: tl.constexpr, DECAY: tl.constexpr):
+    """Learning rate of update `step` (int64): `Schedule.rate` in fp32."""
+    if STEP_SCHEDULE:
+        rate = tl.where(2 * step >= steps, learning_rate * DECAY, learning_rate)
+        return tl.where(4 * step >= 3 * steps, learning_rate * DECAY * DECAY, rate)
+    cycle = ((step + 1) * cycles - 1) // steps
+    start, end = cycle * steps // cycles, (cycle + 1) * steps // cycles
+    # a0 * sin^2(pi/2 * share that is left): the cosine form would cancel near the end of a cycle.
+    sine = quarter_sine((end - step).to(tl.float32) / (end - start).to(tl.float32))
+    return learning_rate * sine * sine
+
+
+@triton.jit
+def update_kernel(
+    chunks,  # int64 [programs, 4]: tensor, start in the tensor, start in the flat tensors, length
+    addresses,  # int64 [tensors], of the gradients; 0: none
+    decays,  # fp32 [tensors]
+    weights,  # fp32 or bf16 [numel]
+    momentum,  # fp32 [numel]
+    copy,  # bf16 [numel] or None
+    average,  # fp32 [numel] or None
+    clock,  # int64 [3]
+    rate,  # fp32 [1]
+    scale,  # fp32 [] or None
+    found_inf,  # fp32 [] or None
+    steps,
+    cycles,
+    learning_rate,
+    momentum_coefficient,
+    average_decay,
+    GRADIENT: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    STEP_SCHEDULE: tl.constexpr,
+    DECAY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunks + 4 * program)
+    begin = tl.multiple_of(tl.load(chunks + 4 * program + 1), ALIGNMENT)
+    flat = tl.multiple_of(tl.load(chunks + 4 * program + 2), ALIGNMENT)
+    length = tl.load(chunks + 4 * program + 3)
+    address = tl.load(addresses + tensor)
+    applied = True if found_inf is None else tl.load(found_inf) == 0.0
+    if applied:
+        now = tl.load(rate)
+        decay = tl.load(decays + tensor)
+        inverse_scale = 1.0 if scale is None else 1.0 / tl.load(scale)
+        # Flat tensors are padded with zeros up to ALIGNMENT, so their accesses are always whole vectors.
+        padded = tl.multiple_of((length + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+        gradient = address.to(tl.pointer_type(GRADIENT)) + begin
+        whole = (address % 16 == 0) & (length % ALIGNMENT == 0)
+        for first in range(0, length, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            inside = index < padded
+            weight = tl.load(weights + flat + index, mask=inside, other=0.0).to(tl.float32)
+            if address != 0:
+                if whole:
+                    g = tl.load(tl.multiple_of(gradient, 16) + index, mask=inside, other=0.0).to(tl.float32)
+                else:
+                    g = tl.load(gradient + index, mask=index < length, other=0.0).to(tl.float32)
+                velocity = tl.load(momentum + flat + index, mask=inside, other=0.0)
+                direction = tl.fma(weight, decay, g * inverse_scale)
+                velocity = tl.fma(velocity, momentum_coefficient, direction)
+                move = tl.fma(velocity, momentum_coefficient, direction) if NESTEROV else velocity
+                weight = tl.fma(move, -now, weight)
+                tl.store(momentum + flat + index, velocity, mask=inside)
+                tl.store(weights + flat + index, weight.to(weights.dtype.element_ty), mask=inside)
+            if copy is not None:
+                tl.store(copy + flat + index, weight.to(tl.bfloat16), mask=inside)
+            if average is not None:
+                share = tl.maximum(1.0 / (tl.load(clock + 1) + 1).to(tl.float32), 1.0 - average_decay)
+                mean = tl.load(average + flat + index, mask=inside, other=0.0)
+                tl.store(average + flat + index, tl.fma(weight - mean, share, mean), mask=inside)
+    # The last program to finish turns the clock. All its warps, and all other programs, have read it by then.
+    tl.debug_barrier()
+    finished = tl.atomic_add(clock + 2, 1)
+    if finished == tl.num_programs(0) - 1:
+        step = tl.load(clock) + 1
+        tl.store(clock, step)
+        tl.store(clock + 2, 0)
+        if average is not None:
+            tl.store(clock + 1, tl.load(clock + 1) + applied)
+        tl.store(rate, next_rate(step, steps, cycles, learning_rate, STEP_SCHEDULE, DECAY))
+
+
+class TritonUpdate:
+    """`reference_update` as one launch, bound to the tensors of a run, safe to capture in a CUDA graph.
+
+    The kernel finds the gradients through a table of their addresses on the device. Outside a capture the table is
+    copied there when an address has changed since the last update; the copy comes from fresh pinned memory, which
+    PyTorch's allocator does not give out again before the copy is done. A captured copy is repeated by every replay,
+    so each capture gets a table and pinned memory of its own, which nobody else writes to and which live as long as
+    this object. They are set aside beforehand, because pinned memory cannot be allocated during a capture.
+    """
+
+    def __init__(self, state: State, rule: Rule, layout: Layout, decays: Tensor) -> None:
+        """decays: fp32 [tensors], weight decays, read at every update."""
+        self._state, self._rule, self._decays = state, rule, decays
+        device = state.weights.device
+        self._chunks = layout.chunks().to(device)
+        self._table = torch.zeros(len(layout.sizes), dtype=torch.int64, device=device)
+        self._in_table = [0] * len(layout.sizes)
+        self._set_aside: list[tuple[Tensor, Tensor]] = []
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(
+        self,
+        gradients: Sequence[Tensor | None],
+        gradient_dtype: torch.dtype,
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Tensor:
+        """Update from dense gradients, one per tensor or None, all of `gradient_dtype`; returns the next rate."""
+        addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        capturing = self._state.weights.is_cuda and torch.cuda.is_current_stream_capturing()
+        table = self._captured_table(addresses) if capturing else self._current_table(addresses)
+        state, rule = self._state, self._rule
+        update_kernel[(len(self._chunks),)](
+            self._chunks,
+            table,
+            self._decays,
+            state.weights,
+            state.momentum,
+            state.copy,
+            state.average,
+            state.clock,
+            state.rate,
+            scale,
+            found_inf,
+            rule.steps,
+            rule.cycles,
+            rule.learning_rate,
+            rule.momentum,
+            rule.average_decay or 0.0,
+            GRADIENT=DTYPES[gradient_dtype],
+            NESTEROV=rule.nesterov,
+            STEP_SCHEDULE=rule.kind == "step",
+            DECAY=STEP_DECAY,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+        return state.rate[0]
+
+    def _current_table(self, addresses: list[int]) -> Tensor:
+        if self._table.is_cuda:
+            while len(self._set_aside) < CAPTURES_SET_ASIDE:
+                pinned = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
+                self._set_aside.append((pinned, torch.empty_like(self._table)))
+        if addresses != self._in_table:
+            self._table.copy_(_host_table(addresses, self._table.is_cuda), non_blocking=True)
+            self._in_table = addresses
+        return self._table
+
+    def _captured_table(self, addresses: list[int]) -> Tensor:
+        if not self._set_aside:
+            raise RuntimeError("call step() once outside of the capture: it sets memory aside for captures")
+        pinned, table = self._set_aside.pop()
+        self._captured.append((pinned, table))
+        pinned.copy_(torch.tensor(addresses))
+        return table.copy_(pinned, non_blocking=True)
+
+
+def _host_table(addresses: list[int], pinned: bool) -> Tensor:
+    table = torch.tensor(addresses, dtype=torch.int64)
+    return table.pin_memory() if pinned else table

@@ -1,0 +1,72 @@
+"""Random ensembles, and one comparison with the fp64 reference: shared by the tests of all averaging kernels."""
+
+from typing import Any
+
+import torch
+from hypothesis import strategies
+from torch import Tensor
+
+from fastsnap.kernels.averaging import EnsembleStatistics, reference_averaging
+
+# |got - fp64| <= 1e-6 * (1 + |fp64|); mutual information is a difference of two entropies, each that exact.
+TOLERANCES = {"mutual_information": 4e-6}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@strategies.composite
+def cases(draw: Any, most_classes: int) -> dict[str, Any]:
+    """Arguments of a kernel: any dtype and strides, few and many members, samples and classes."""
+    members, samples = draw(strategies.integers(1, 7)), draw(strategies.integers(0, 20))
+    classes = draw(strategies.one_of(strategies.integers(2, 20), strategies.integers(2, most_classes)))
+    torch.manual_seed(draw(strategies.integers(0, 1000)))
+    spread = draw(strategies.sampled_from([0.1, 3.0, 30.0]))
+    permutation = draw(strategies.permutations([0, 1, 2]))
+    sizes = [(members, samples, classes)[axis] for axis in permutation]
+    inverse = [permutation.index(axis) for axis in range(3)]
+    logits = (torch.randn(sizes) * spread).to(draw(strategies.sampled_from(DTYPES))).permute(inverse)
+    joining = draw(strategies.permutations(range(members)))
+    return {
+        "logits": logits,
+        "labels": torch.randint(classes, (samples,)) if draw(strategies.booleans()) else None,
+        "joining": joining,
+        "weights_M": torch.rand(members).add(0.1).tolist()
+        if draw(strategies.booleans())
+        else [1.0] * members,
+        "temperature": draw(strategies.sampled_from([1.0, 0.5, 3.0])),
+        "probabilities": draw(strategies.booleans()),
+    }
+
+
+def check_against_float64(case: dict[str, Any], got: EnsembleStatistics, invalid_M: Tensor) -> None:
+    exact, _ = reference_averaging(**case | {"logits": case["logits"].double()})
+    assert not invalid_M.any()
+    assert (got.probabilities is None) == (not case["probabilities"])
+    for name in (*("confidence", "sum_of_squares", "entropy", "mutual_information"), "label_log_probability"):
+        _check(name, getattr(got, name), getattr(exact, name))
+    _check("probabilities", got.probabilities, exact.probabilities)
+    # Averages that differ by less than a rounding may come out in another order, and then rank differently.
+    decided = _decided(case)
+    assert torch.equal(got.prediction[decided], exact.prediction[decided])
+    assert torch.equal(got.disagreement[decided].long(), exact.disagreement[decided].long())
+    if case["labels"] is not None:
+        assert torch.equal(got.label_rank[decided], exact.label_rank[decided])
+
+
+def _check(name: str, got: Tensor | None, exact: Tensor | None) -> None:
+    assert (got is None) == (exact is None), name
+    if got is not None and exact is not None:
+        tolerance = TOLERANCES.get(name, 1e-6)
+        torch.testing.assert_close(
+            got.double(), exact, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
+        )
+
+
+def _decided(case: dict[str, Any]) -> Tensor:
+    """[M, N], where no two averaged probabilities lie within 1e-6 of each other, relative to the larger one."""
+    logits_MNC = case["logits"].double()[case["joining"]] / case["temperature"]
+    weights = torch.tensor(case["weights_M"], dtype=torch.float64)[:, None, None]
+    sums_MNC = (weights * logits_MNC.softmax(2)).cumsum(0)
+    ordered = sums_MNC.sort(2).values
+    apart = (ordered[:, :, 1:] - ordered[:, :, :-1] > 1e-6 * ordered[:, :, 1:]) & (ordered[:, :, 1:] > 1e-30)
+    votes = logits_MNC.sort(2).values
+    return apart.all(2) & (votes[:, :, -1] - votes[:, :, -2] > 1e-6).all(0)
