@@ -70,7 +70,7 @@ class FlatParameters:
         return Layout(tuple(self.offsets), tuple(parameter.numel() for parameter in self.parameters))
 
     def attached(self) -> bool:
-        """Whether every parameter still is a view of `data`: moving or re-assigning the network breaks it."""
+        """Whether every parameter still is a view of `data`: net.to(...) and `parameter.data = ...` end it."""
         return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
 
     def ends_attached(self) -> bool:

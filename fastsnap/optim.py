@@ -144,8 +144,8 @@ class SnapshotSGD(torch.optim.Optimizer):
         """Refuse what would be ignored without a word; take over changed weight decays."""
         if not self.flat.ends_attached():
             raise ValueError(
-                "the parameters no longer are views of flat.data: move or replace the network's weights before "
-                "making the optimizer, and load them with load_state_dict(..., assign=False)"
+                "the parameters no longer are views of flat.data: move or convert the network before the optimizer "
+                "is made, and write values with copy_() instead of assigning parameter.data"
             )
         for group in self.param_groups:
             if "initial_lr" in group or group["lr"] is not self._shown_rate:
