@@ -1,0 +1,102 @@
+"""The project itself as a contender: its own trainer, at its defaults."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import torch
+from paced import Pace
+from rich.console import Console
+from task import DATASET, Task, load_images
+from torch import Tensor
+
+from fastsnap.config import TrainConfig, differences, make_config
+from fastsnap.datasets import Dataset
+from fastsnap.pipeline import Pipeline, make_pipeline
+from fastsnap.progress import ProgressDisplay
+from fastsnap.run_folder import RunFolder
+from fastsnap.train import build_trainer, describe, settle
+from fastsnap.trainer import Trainer
+
+
+class PacedPipeline:
+    """See fastsnap.pipeline.Pipeline."""
+
+    def __init__(self, pipeline: Pipeline, pace: Pace) -> None:
+        self._pipeline, self._pace, self.name = pipeline, pace, pipeline.name
+        self.batch_size, self.steps_per_epoch = pipeline.batch_size, pipeline.steps_per_epoch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pipeline's batches, in turns."""
+        return self._pace.batches(self._pipeline.epoch(epoch, first_step))
+
+
+def configure(task: Task, schedule: str = "snapshot") -> TrainConfig:
+    """The task as the project's command line would say it; everything else at its default."""
+    return settle(
+        make_config(
+            DATASET,
+            net=task.net,
+            epochs=task.epochs,
+            cycles=task.cycles,
+            batch_size=task.batch_size,
+            learning_rate=task.learning_rate,
+            momentum=task.momentum,
+            weight_decay=task.weight_decay,
+            device=task.device,
+            schedule=schedule,
+        )
+    )
+
+
+def train_loop(pace: Pace, task: Task, schedule: str = "snapshot") -> None:
+    """Training without end; what it saves goes to a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(configure(task, schedule), load_images(task.data), RunFolder(folder))
+        trainer.pipeline = PacedPipeline(trainer.pipeline, pace)
+        run_silently(trainer)
+
+
+def train_run(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> None:
+    """Train into `folder` as `python -m fastsnap.train` does, or go on; a finished run is left as it is.
+
+    Unlike there, the data set need not be the one that the configuration would load. Raises ValueError for a folder
+    that holds a run of another configuration, TrainingStopped after SIGTERM or Ctrl-C.
+    """
+    if folder.exists() and (different := differences(config, folder.config())):
+        raise ValueError(
+            f"{folder.path} holds a run of another {', '.join(different)}: choose another --out, or remove it"
+        )
+    with folder.locked():
+        trainer = build_trainer(config, dataset, folder)
+        if not folder.exists():
+            folder.write_json("config.json", describe(config, dataset))
+        trainer.resume()
+        if trainer.step < trainer.schedule.steps:
+            run_silently(trainer)
+
+
+def run_silently(trainer: Trainer) -> None:
+    """Trainer.run, with its progress shown to nobody."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere)
+        with ProgressDisplay(console, trainer.step, trainer.schedule.steps) as display:
+            trainer.run(display)
+
+
+def batches_loop(pace: Pace, task: Task, loader: str) -> None:
+    """A pipeline alone. loader: "dali" or "torch"."""
+    dataset = load_images(task.data)
+    pipeline = make_pipeline(
+        dataset.train,
+        batch_size=task.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=torch.device(task.device),
+        padding=dataset.padding,
+        flip=dataset.flip,
+        loader=loader,
+    )
+    for epoch in range(task.epochs):
+        for _ in pace.batches(pipeline.epoch(epoch)):
+            pass

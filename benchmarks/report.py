@@ -1,0 +1,137 @@
+"""The report: report.md with its pictures, and report.html in one file, from all results of a folder.
+
+    python benchmarks/report.py [OUT]
+
+writes them again without measuring.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import figures
+import tables
+from pages import Section, table_to_markdown, to_html, to_markdown
+from results import Record, latest
+from targets import verdicts
+
+from fastsnap.run_folder import write_atomically
+
+TITLE = "fastsnap: benchmark report"
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- results -->", "<!-- /results -->"
+NOTES = (
+    "Contenders take turns in one run, A B A B, each at its best setting. A value is the median with its quartiles; "
+    "ratios are taken round by round, and then their median: on a noisy machine they are steadier than the values. "
+    "`times better` above 1: fastsnap wins; below 1: the opponent wins.",
+)
+
+
+def one_line(record: Record) -> str:
+    """A result, for the terminal."""
+    place = f"{record['case']}: {record['opponent']}"
+    if record["missing"]:
+        return f"{place}: not measured, {record['missing']}"
+    text = f"{place}: {tables.range_of(record)} {record['unit']}, n = {record['n']}"
+    return text + (f", fastsnap {tables.range_of(record['ratio'])} times better" if record["ratio"] else "")
+
+
+def write(folder: Path, *, readme: bool) -> list[Path]:
+    """Write the report on all results in `folder`, and with `readme` the README's section; returns the files.
+
+    Raises ValueError if there is no result, if the files cannot be written, or if the README has no place for it.
+    """
+    records = latest(folder)
+    sections = make_sections(records, folder)
+    contents = {"report.md": to_markdown(sections), "report.html": to_html(TITLE, sections)}
+    for name, content in contents.items():
+        write_atomically(folder / name, content.encode())
+    written = [folder / name for name in contents]
+    if readme:
+        write_atomically(README, with_results(README.read_text(), readme_section(records)).encode())
+        written.append(README)
+    return written
+
+
+def make_sections(records: Sequence[Record], folder: Path) -> list[Section]:
+    """The report's sections; draws their pictures into `folder`."""
+    opening = Section(TITLE, [*_machine_lines(records), *NOTES], [tables.origins(records)], level=1)
+    sections = [opening, Section("Targets", tables=[tables.targets(verdicts(records))])]
+    names = dict.fromkeys(record["benchmark"] for record in records)
+    for name in names:
+        sections.append(_section(name, [r for r in records if r["benchmark"] == name], folder))
+    return sections
+
+
+def _machine_lines(records: Sequence[Record]) -> list[str]:
+    lines = [f"Machine: {line}." for line in tables.machines(records)]
+    if any(record["quick"] for record in records):
+        lines.append(
+            "With results of quick runs, which show that everything works; their figures say little."
+        )
+    return lines
+
+
+def _section(name: str, records: list[Record], folder: Path) -> Section:
+    picture = folder / f"{name}.png"
+    title = name.capitalize()
+    measured = [record for record in records if record["n"]]
+    if name == "accuracy":
+        figures.errors(measured, picture)
+        gains = [tables.gain(rows) for rows in tables.by_case(measured).values()]
+        return Section(title, gains, tables.accuracy(measured), [picture])
+    if name == "scaling":
+        figures.series(measured, picture)
+        return Section(title, tables=[tables.series(measured)], pictures=[picture])
+    draw: Callable[[Sequence[Record], Path], None] = figures.bars
+    draw(measured, picture)
+    return Section(title, tables=[tables.measurements(records)], pictures=[picture])
+
+
+def readme_section(records: Sequence[Record]) -> str:
+    """The short results: the targets, and where they come from."""
+    found = verdicts(records)
+    measured = [verdict for verdict in found if verdict.met is not None]
+    if not measured:
+        raise ValueError("no result of a full run to write into the README: run without --quick")
+    table = table_to_markdown(tables.targets(found))
+    return f"{table}\n\n" + "\n\n".join([*_machine_lines(records), *_origin_lines(records)])
+
+
+def _origin_lines(records: Sequence[Record]) -> list[str]:
+    return []
+
+
+def with_results(readme: str, section: str) -> str:
+    """`readme` with `section` between its two marker comments. Raises ValueError if it lacks them."""
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"README.md has no {START} ... {END} to write the results between")
+    return f"{before}{start}\n{section}\n{end}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, 2 for an error of use."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/report.py", description="Write the report again without measuring."
+    )
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", type=Path, default=Path("reports"), help="default: reports"
+    )
+    parser.add_argument(
+        "--update-readme", action="store_true", help="write the short results into README.md as well"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        for path in write(options.out, readme=options.update_readme):
+            print(f"saved {path}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Measure fastsnap against the standard schedule and against what users would pick instead, and write the report.
+
+Results are added to OUT/results.jsonl as they are measured, and OUT/report.md, OUT/report.html and OUT/*.png are made
+from all that it holds, so benchmarks can be run one at a time.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Imported when they run: this file is imported again by every process that a benchmark starts.
+BENCHMARKS = {
+    "throughput": "training throughput, end to end, against loops by hand and libraries",
+    "schedules": "snapshot schedule against standard schedule: speed, saving, first step, memory",
+    "pipelines": "data pipelines alone",
+    "evaluation": "evaluating an ensemble of 5",
+    "scaling": "cost against batch size, M, depth and net size",
+    "accuracy": "error of snapshot ensemble, standard schedule, NoCycle and SingleCycle at equal epochs",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, 2 for an error of use."""
+    options = _parser().parse_args(arguments)
+    if options.list:
+        for name, description in BENCHMARKS.items():
+            print(f"{name:12s} {description}")
+        return 0
+    try:
+        _run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="list the benchmarks and stop")
+    parser.add_argument(
+        "--only", metavar="NAME,...", action="append", help="run these benchmarks (default: all)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="about two minutes in all; the figures say little (default: 15)"
+    )
+    parser.add_argument("--full", action="store_true", help="accuracy at the paper's setting: days on a CPU")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        help="folder that holds CIFAR-100; without it, speed is measured on noise of its shape, accuracy on digits",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder of results and report (default: reports, or reports/quick)",
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, help="seeds 0 to N-1 for the accuracy")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--update-readme", action="store_true", help="write the short results into README.md as well"
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    import report
+    import results
+    from measure import Settings
+    from task import load_images
+
+    from fastsnap.step import choose_device
+
+    names = _chosen(options.only)
+    settings = Settings(
+        data=options.data,
+        out=options.out or Path("reports/quick" if options.quick else "reports"),
+        device=choose_device(options.device).type,
+        quick=options.quick,
+        full=options.full,
+        seeds=options.seeds,
+    )
+    if settings.seeds is not None and settings.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {settings.seeds}")
+    load_images(settings.data)  # what lacks is better said now than after minutes
+    for name in names:
+        start = time.perf_counter()
+        print(f"{name}: {BENCHMARKS[name]}", flush=True)
+        for result in importlib.import_module(name).run(settings):
+            print(f"  {report.one_line(results.append(result, settings))}", flush=True)
+        print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
+    for path in report.write(settings.out, readme=options.update_readme):
+        print(f"saved {path}")
+
+
+def _chosen(only: list[str] | None) -> list[str]:
+    """The benchmarks to run. Raises ValueError for unknown ones."""
+    if only is None:
+        return list(BENCHMARKS)
+    names = [name for text in only for name in text.split(",")]
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        raise ValueError(f"unknown benchmark {', '.join(unknown)}: choose from {', '.join(BENCHMARKS)}")
+    return list(dict.fromkeys(names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
