@@ -164,8 +164,15 @@ def provenance(settings: Settings) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "run": _start_of_run(),
         "command": " ".join(["python", *(_relative(argument) for argument in sys.argv)]),
     }
+
+
+@functools.cache
+def _start_of_run() -> str:
+    """The same for all results of a process."""
+    return datetime.now(timezone.utc).isoformat()
 
 
 def machine(device: str) -> dict[str, Any]:

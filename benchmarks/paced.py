@@ -92,7 +92,7 @@ class PacedProcess:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._connection, child = context.Pipe()
-        self._process = context.Process(target=_run, args=(child, loop, arguments))
+        self._process = context.Process(target=run_loop, args=(child, loop, arguments))
         self._process.start()
         child.close()
 
@@ -131,11 +131,12 @@ class PacedProcess:
         self.close()
 
 
-def _run(connection: Connection, loop: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def run_loop(connection: Connection, loop: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """The process's side: run `loop`, answering every number of steps that `connection` sends, until 0."""
     try:
         loop(Pace(connection), *arguments)
         connection.send("it ended before the measurement")
-    except _Finished:
+    except (_Finished, KeyboardInterrupt):  # Ctrl-C reaches all processes; the measuring one answers
         return
     except Exception as error:
         with suppress(OSError):

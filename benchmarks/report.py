@@ -90,17 +90,21 @@ def _section(name: str, records: list[Record], folder: Path) -> Section:
 
 
 def readme_section(records: Sequence[Record]) -> str:
-    """The short results: the targets, and where they come from."""
-    found = verdicts(records)
-    measured = [verdict for verdict in found if verdict.met is not None]
-    if not measured:
-        raise ValueError("no result of a full run to write into the README: run without --quick")
-    table = table_to_markdown(tables.targets(found))
-    return f"{table}\n\n" + "\n\n".join([*_machine_lines(records), *_origin_lines(records)])
+    """The short results: the targets, what the ensemble gains, and where the figures come from.
 
-
-def _origin_lines(records: Sequence[Record]) -> list[str]:
-    return []
+    Raises ValueError if nothing but quick runs was measured.
+    """
+    records = [record for record in records if not record["quick"]]
+    if not records:
+        raise ValueError("quick runs have no result for the README: run without --quick")
+    regimes = tables.by_case([r for r in records if r["benchmark"] == "accuracy" and r["n"]])
+    paragraphs = [
+        table_to_markdown(tables.targets(verdicts(records))),
+        *(tables.gain(rows) for rows in regimes.values()),
+        *_machine_lines(records),
+        table_to_markdown(tables.origins(records)),
+    ]
+    return "\n\n".join(paragraphs)
 
 
 def with_results(readme: str, section: str) -> str:

@@ -1,4 +1,4 @@
-"""results.jsonl: every result ever measured into a folder, a line each; what is shown is the latest of each."""
+"""results.jsonl: every result ever measured into a folder, a line each; what is shown is the newest of each case."""
 
 import json
 from pathlib import Path
@@ -23,21 +23,32 @@ def append(result: Result, settings: Settings) -> Record:
 
 
 def latest(folder: Path) -> list[Record]:
-    """The newest record of every (benchmark, case, opponent), in the order in which these were first measured.
+    """The records of the newest run of every (benchmark, case), in the order in which cases were first measured.
 
-    A last line that a crash cut short is left out. Raises ValueError if there is no result or a line is damaged.
+    So the rows of a case were measured in turns with each other. Quick runs do not replace others, and a last line that
+    a crash cut short is left out. Raises ValueError if there is no result or a line is damaged.
     """
-    file = folder / FILE
+    cases: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in _read(folder / FILE):
+        place = record["benchmark"], record["case"]
+        held = next(iter(cases.get(place, {}).values()), None)
+        if held and record["quick"] and not held["quick"]:
+            continue
+        if held is None or held["run"] != record["run"]:
+            cases[place] = {}
+        cases[place][record["opponent"]] = record
+    return [record for rows in cases.values() for record in rows.values()]
+
+
+def _read(file: Path) -> list[Record]:
     lines = file.read_text().splitlines() if file.exists() else []
-    records: dict[tuple[str, str, str], Record] = {}
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{file}, line {number} is not JSON: {error}; remove the line") from error
-            break
-        records[record["benchmark"], record["case"], record["opponent"]] = record
     if not records:
         raise ValueError(f"{file} holds no result: measure some with python benchmarks/run.py")
-    return list(records.values())
+    return records

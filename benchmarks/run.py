@@ -10,12 +10,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from measure import Settings
 
 # Imported when they run: this file is imported again by every process that a benchmark starts.
 BENCHMARKS = {
     "throughput": "training throughput, end to end, against loops by hand and libraries",
     "schedules": "snapshot schedule against standard schedule: speed, saving, first step, memory",
     "pipelines": "data pipelines alone",
+    "kernels": "update and averaging kernels against PyTorch's, bytes and bandwidth",
     "evaluation": "evaluating an ensemble of 5",
     "scaling": "cost against batch size, M, depth and net size",
     "accuracy": "error of snapshot ensemble, standard schedule, NoCycle and SingleCycle at equal epochs",
@@ -23,18 +28,20 @@ BENCHMARKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 for an error of use."""
+    """The command line; returns the exit status: 2 for an error of use, 1 if a benchmark failed, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     if options.list:
         for name, description in BENCHMARKS.items():
             print(f"{name:12s} {description}")
         return 0
     try:
-        _run(options)
+        return _run(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("stopped; what was measured is kept, and accuracy runs go on where they were", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,34 +74,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     import report
     import results
+
+    from fastsnap.stopping import TrainingStopped
+
+    names = _chosen(options.only)
+    settings = _settings(options)
+    failed = False
+    for name in names:
+        start = time.perf_counter()
+        print(f"{name}: {BENCHMARKS[name]}", flush=True)
+        try:
+            for result in importlib.import_module(name).run(settings):
+                print(f"  {report.one_line(results.append(result, settings))}", flush=True)
+        except TrainingStopped as stopped:  # how a run of the accuracy answers Ctrl-C
+            raise KeyboardInterrupt from stopped
+        except ValueError as error:  # the other benchmarks still have something to say
+            print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+            failed = True
+        print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
+    for path in report.write(settings.out, readme=options.update_readme):
+        print(f"saved {path}")
+    return int(failed)
+
+
+def _settings(options: argparse.Namespace) -> "Settings":
+    """What the benchmarks are told. Raises ValueError for what would only fail after minutes."""
     from measure import Settings
     from task import load_images
 
     from fastsnap.step import choose_device
 
-    names = _chosen(options.only)
-    settings = Settings(
+    if options.seeds is not None and options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.full and options.data is None:
+        raise ValueError("--full needs CIFAR-100: name the folder that holds it with --data")
+    load_images(options.data)
+    out = options.out or Path("reports/quick" if options.quick else "reports")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {out}: {error.strerror}") from error
+    return Settings(
         data=options.data,
-        out=options.out or Path("reports/quick" if options.quick else "reports"),
+        out=out,
         device=choose_device(options.device).type,
         quick=options.quick,
         full=options.full,
         seeds=options.seeds,
     )
-    if settings.seeds is not None and settings.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {settings.seeds}")
-    load_images(settings.data)  # what lacks is better said now than after minutes
-    for name in names:
-        start = time.perf_counter()
-        print(f"{name}: {BENCHMARKS[name]}", flush=True)
-        for result in importlib.import_module(name).run(settings):
-            print(f"  {report.one_line(results.append(result, settings))}", flush=True)
-        print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
-    for path in report.write(settings.out, readme=options.update_readme):
-        print(f"saved {path}")
 
 
 def _chosen(only: list[str] | None) -> list[str]:

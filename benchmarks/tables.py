@@ -28,18 +28,19 @@ def range_of(spread: Record) -> str:
 def measurements(records: Sequence[Record]) -> Table:
     """A row per case and contender, the project first."""
     rows = []
-    previous = None
-    for record in records:
-        case = record["case"] if record["case"] != previous else ""
-        previous = record["case"]
-        if record["missing"]:
-            rows.append((case, record["opponent"], f"not measured: {record['missing']}", "", "", ""))
-            continue
-        ratio = range_of(record["ratio"]) if record["ratio"] else ""
-        value = f"{range_of(record)} {record['unit']}"
-        rows.append((case, record["opponent"], value, ratio, f"{record['n']}", _details(record)))
+    for case, contenders in by_case(records).items():
+        for record in contenders:
+            first = case if record is contenders[0] else ""
+            rows.append((first, record["opponent"], *_measurement(record)))
     headers = ("case", "contender", "median (quartiles)", f"{PROJECT} is times better", "n", "details")
     return Table(headers, rows, frozenset({2, 3, 4}))
+
+
+def _measurement(record: Record) -> tuple[str, str, str, str]:
+    if record["missing"]:
+        return f"not measured: {record['missing']}", "", "", ""
+    ratio = range_of(record["ratio"]) if record["ratio"] else ""
+    return f"{range_of(record)} {record['unit']}", ratio, f"{record['n']}", _details(record)
 
 
 def _details(record: Record) -> str:

@@ -29,7 +29,7 @@ LOOPS: dict[str, Callable[..., None]] = {
     TIMM: timm_loop,
 }
 NEEDS = {TORCHENSEMBLE: "torchensemble", TIMM: "timm"}
-WORKERS = (0, 2)  # of the opponents' DataLoader: the better one counts
+WORKERS, QUICK_WORKERS = (0, 2), (0,)  # of the opponents' DataLoader: the best counts
 WARM_UP_STEPS, QUICK_WARM_UP_STEPS = 6, 2
 TURN_SECONDS, QUICK_TURN_SECONDS = 1.5, 0.4  # of the project; the others take longer for the same steps
 LEAST_STEPS, MOST_STEPS = 3, 2000
@@ -41,7 +41,8 @@ Workers = dict[str, tuple[int, ...]]  # per opponent, the numbers of workers to 
 def run(settings: Settings) -> Iterator[Result]:
     """Images/s of the project and its opponents, for each net."""
     missing = {name: reason for name, package in NEEDS.items() if (reason := not_installed(package))}
-    workers: Workers = {name: WORKERS for name in LOOPS if name not in missing}
+    tried = QUICK_WORKERS if settings.quick else WORKERS
+    workers: Workers = {name: tried for name in LOOPS if name not in missing}
     for net in QUICK_NETS if settings.quick else NETS:
         task = Task(net, settings.device, settings.data)
         # What serves best is found on the first net, the fastest, where loading weighs most.

@@ -1,7 +1,7 @@
 """torchensemble (Ensemble-PyTorch), the library that users of snapshot ensembles find first; runs unchanged."""
 
 import contextlib
-import sys
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +38,8 @@ def fit_loop(pace: Pace, task: Task) -> None:
         nesterov=True,
     )
     loader = PacedLoader(make_loader(task), pace)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints "None" at every log interval
+    # It prints "None" at every log interval.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         ensemble.fit(loader, epochs=task.epochs, log_interval=len(loader), save_model=False)
 
 

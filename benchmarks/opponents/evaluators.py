@@ -56,6 +56,7 @@ def torchensemble_way(networks: Sequence[nn.Module], images: Tensor, labels: Ten
     """torchensemble's evaluate, which tells the accuracy of all M together and nothing else."""
     ensemble = make_ensemble(networks[0], len(networks), images.device.type)
     ensemble.estimators_.extend(networks)
+    ensemble.set_criterion(nn.CrossEntropyLoss())  # it computes the loss in any case
     loader = DataLoader(TensorDataset(images, labels), batch_size=BATCH_SIZE)
     return 100 - ensemble.evaluate(loader)
 
