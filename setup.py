@@ -26,7 +26,7 @@ setup(
             "fastsnap.kernels._cpu",
             sources=["kernels/update_cpu.cpp", "kernels/averaging_cpu.cpp"],
             depends=["kernels/cpu.h"],
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off"],
+            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math"],
             extra_link_args=["-fopenmp"],
         )
     ],

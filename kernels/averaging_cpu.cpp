@@ -16,64 +16,36 @@ namespace {
 constexpr int64_t BLOCK = 256;  // classes
 constexpr int64_t PADDING = 16;  // classes; rows are padded with impossible classes, so that loops have no remainders
 
-INLINE float exp_of_negative(float x) {  // relative error 2e-7; 0 below -87
-    const float shifted = x * 1.44269504f + 12582912.0f;  // the last bits hold round(x / ln 2)
-    const float twos = shifted - 12582912.0f;
-    const float rest = (x - twos * 0.693359375f) - twos * -2.12194440e-4f;
-    float sum = 1.0f / 5040;
-    sum = sum * rest + 1.0f / 720;
-    sum = sum * rest + 1.0f / 120;
-    sum = sum * rest + 1.0f / 24;
-    sum = sum * rest + 1.0f / 6;
-    sum = sum * rest + 0.5f;
-    sum = sum * rest + 1.0f;
-    sum = sum * rest + 1.0f;
-    const float power = from_bits(to_bits(sum) + (to_bits(shifted) << 23));
-    return x < -87.0f ? 0.0f : power;
-}
+struct Row {
+    float best;
+    int invalid;  // whether a logit is NaN or infinite
+};
 
-INLINE float log_of_probability(float x) {  // absolute error 1e-7 times |log x|; finite, if meaningless, at 0
-    const uint32_t bits = to_bits(x) - 0x3f3504f3;  // so that the mantissa lies in sqrt(1/2)..sqrt(2)
-    const float exponent = static_cast<float>(static_cast<int32_t>(bits) >> 23);
-    const float mantissa = from_bits((bits & 0x007fffff) + 0x3f3504f3);
-    const float ratio = (mantissa - 1.0f) / (mantissa + 1.0f), square = ratio * ratio;  // log m = 2 atanh(ratio)
-    const float series = 2.0f + square * (2.0f / 3 + square * (2.0f / 5 + square * (2.0f / 7 + square * (2.0f / 9))));
-    return exponent * 0.693147181f + ratio * series;
-}
-
-template <typename Type>
-INLINE bool read(const Type* logits, int64_t stride, int64_t classes, float temperature, float* scaled) {
+template <bool divided, typename Type>
+INLINE Row read(const Type* logits, int64_t stride, int64_t classes, float temperature, float* scaled) {
     int invalid = 0;
-    if (stride == 1) {
-#pragma omp simd reduction(| : invalid)
-        for (int64_t c = 0; c < classes; ++c) {
-            scaled[c] = load(logits[c]) / temperature;
-            invalid |= !(std::fabs(scaled[c]) <= 3.4028234e38f);
-        }
-        return invalid != 0;
-    }
+    float best = -INFINITY;
+#pragma omp simd reduction(| : invalid) reduction(max : best)
     for (int64_t c = 0; c < classes; ++c) {
-        scaled[c] = load(logits[c * stride]) / temperature;
-        invalid |= !(std::fabs(scaled[c]) <= 3.4028234e38f);
+        const float value = divided ? load(logits[c * stride]) / temperature : load(logits[c * stride]);
+        scaled[c] = value;
+        invalid |= !(std::fabs(value) <= 3.4028234e38f);
+        best = value > best ? value : best;
     }
-    return invalid != 0;
+    return {best, invalid};
 }
 
-#define READ(Type)                                                                                              \
-    CLONES bool read_row(const Type* logits, int64_t stride, int64_t classes, float temperature, float* scaled) { \
-        return read(logits, stride, classes, temperature, scaled);                                              \
+// Versions without the division and for adjacent classes, since this loop takes much of the time.
+#define READ(Type)                                                                                             \
+    CLONES Row read_row(const Type* logits, int64_t stride, int64_t classes, float temperature, float* scaled) { \
+        if (stride != 1) return read<true>(logits, stride, classes, temperature, scaled);                      \
+        if (temperature != 1.0f) return read<true>(logits, 1, classes, temperature, scaled);                   \
+        return read<false>(logits, 1, classes, temperature, scaled);                                           \
     }
 READ(float)
 READ(double)
 READ(BFloat16)
 READ(Float16)
-
-CLONES float largest(const float* values, int64_t classes) {
-    float best = values[0];
-#pragma omp simd reduction(max : best)
-    for (int64_t c = 0; c < classes; ++c) best = values[c] > best ? values[c] : best;
-    return best;
-}
 
 CLONES int32_t first_index(const float* values, int32_t classes, float value) {
     int32_t first = classes;
@@ -188,21 +160,22 @@ double add_logs(double a, double b) {  // log(exp(a) + exp(b))
 }
 
 template <typename Type>
-void read_logits(const Averaging& job, int64_t m, int64_t sample, float* values) {
-    const Type* row =
+float read_logits(const Averaging& job, int64_t m, int64_t sample, float* values) {
+    const Type* logits =
         static_cast<const Type*>(job.logits) + job.order[m] * job.member_stride + sample * job.sample_stride;
-    if (read_row(row, job.class_stride, job.classes, static_cast<float>(job.temperature), values)) {
+    const Row row = read_row(logits, job.class_stride, job.classes, static_cast<float>(job.temperature), values);
+    if (row.invalid) {
 #pragma omp atomic
         job.invalid[m] += 1;
     }
+    return row.best;
 }
 
-void add_member(const Averaging& job, int64_t m, int64_t sample, const Total& total, Scratch& scratch,
+void add_member(const Averaging& job, int64_t m, int64_t sample, float best, const Total& total, Scratch& scratch,
                 Progress& progress) {
     const int64_t out = m * job.samples + sample, padded = static_cast<int64_t>(scratch.sums.size());
     const int32_t classes = static_cast<int32_t>(padded);
     float *sums = scratch.sums.data(), *values = scratch.values.data();
-    const float best = largest(values, padded);
     scratch.votes[m] = first_index(values, classes, best);
     const double label_logit = job.labels == nullptr ? 0 : static_cast<double>(values[job.labels[sample]]) - best;
     const Softmax softmax = exponentials(values, padded, best);
@@ -231,8 +204,8 @@ void average_sample(const Averaging& job, int64_t sample, const std::vector<Tota
     Progress progress;
     for (int64_t m = 0; m < job.members; ++m) {
         std::fill(scratch.values.begin() + job.classes, scratch.values.end(), -INFINITY);
-        read_logits<Type>(job, m, sample, scratch.values.data());
-        add_member(job, m, sample, totals[m], scratch, progress);
+        const float best = read_logits<Type>(job, m, sample, scratch.values.data());
+        add_member(job, m, sample, best, totals[m], scratch, progress);
     }
     if (job.probabilities == nullptr) return;
     for (int64_t c = 0; c < job.classes; ++c)
