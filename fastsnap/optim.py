@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsnap.flat import FlatParameters
-from fastsnap.kernels.update import Rule, State, new_clock
+from fastsnap.kernels.update import Rule, new_state
 from fastsnap.schedule import Schedule
 
 
@@ -60,13 +60,12 @@ class SnapshotSGD(torch.optim.Optimizer):
             nesterov,
             average_decay,
         )
-        _check_rule(self._rule)
         self._fixed = {"momentum": momentum, "nesterov": nesterov}
         super().__init__(params, {"lr": schedule.rate(0), "weight_decay": weight_decay, **self._fixed})
         named = self._named_parameters()
         self.flat = FlatParameters(named) if flat is None else flat
         _check_flat(self.flat, named)
-        self._state = _new_state(self.flat.data, bf16_copy, master, average_decay)
+        self._state = new_state(self.flat.data, bf16_copy, master, average_decay)
         self._decays = torch.zeros(len(self.flat.parameters), device=self.flat.data.device)
         self._decay_values: list[float] = []
         self.backend = _backend(self.flat.data.device)
@@ -216,15 +215,6 @@ class SnapshotSGD(torch.optim.Optimizer):
         )
 
 
-def _check_rule(rule: Rule) -> None:
-    if not 0 <= rule.momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {rule.momentum}")
-    if rule.nesterov and rule.momentum == 0:
-        raise ValueError("nesterov needs a momentum above 0, got 0: pass nesterov=False for plain SGD")
-    if rule.average_decay is not None and not 0 < rule.average_decay <= 1:
-        raise ValueError(f"average_decay must be above 0 and at most 1, got {rule.average_decay}")
-
-
 def _check_decay(weight_decay: float) -> None:
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and at least 0, got {weight_decay}")
@@ -242,20 +232,6 @@ def _backend(device: torch.device) -> str:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"parameters must be on cpu or cuda, got {device}")
     return "triton" if device.type == "cuda" else "cpu"
-
-
-def _new_state(data: Tensor, bf16_copy: bool, master: bool, average_decay: float | None) -> State:
-    rounded = data.dtype == torch.bfloat16
-    if rounded and bf16_copy:
-        raise ValueError("bf16_copy=True is for float32 parameters, got bfloat16 ones")
-    return State(
-        weights=data.float() if rounded and master else data,
-        momentum=torch.zeros_like(data, dtype=torch.float32),
-        copy=data if rounded and master else data.bfloat16() if bf16_copy else None,
-        average=None if average_decay is None else torch.zeros_like(data, dtype=torch.float32),
-        clock=new_clock(data.device),
-        rate=torch.zeros(1, device=data.device),
-    )
 
 
 def _on_device(scalar: Tensor | None, like: Tensor) -> Tensor | None:

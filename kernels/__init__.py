@@ -1,1 +1,4 @@
-"""Triton kernels, each beside its PyTorch reference. Installed as `fastsnap.kernels`; imports only torch and triton."""
+"""The update and the averaging: for each a PyTorch reference, a C++ kernel for CPUs and a Triton kernel for GPUs.
+
+Installed as `fastsnap.kernels`; imports only torch and, in the modules named *_triton and the report, triton.
+"""

@@ -18,7 +18,7 @@ STEP_DECAY = 0.1  # the standard schedule divides by 10 at 50 % and at 75 % of t
 
 @dataclass(frozen=True)
 class Rule:
-    """What stays the same during a run.
+    """What stays the same during a run. Raises ValueError for values out of range.
 
     kind, steps, cycles   the schedule: "snapshot" or "step", T and M as in fastsnap.schedule
     learning_rate         a0
@@ -34,6 +34,14 @@ class Rule:
     momentum: float
     nesterov: bool
     average_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0, got 0: pass nesterov=False for plain SGD")
+        if self.average_decay is not None and not 0 < self.average_decay <= 1:
+            raise ValueError(f"average_decay must be above 0 and at most 1, got {self.average_decay}")
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,19 @@ class Layout:
                 yield tensor, begin, offset + begin, min(CHUNK, size - begin)
 
 
-def new_clock(device: torch.device) -> Tensor:
-    """Clock before the first update."""
-    return torch.zeros(3, dtype=torch.int64, device=device)
+def new_state(data: Tensor, bf16_copy: bool, master: bool, average_decay: float | None) -> State:
+    """State before the first update of the flat parameters `data`; the arguments are SnapshotSGD's."""
+    rounded = data.dtype == torch.bfloat16
+    if rounded and bf16_copy:
+        raise ValueError("bf16_copy=True is for float32 parameters, got bfloat16 ones")
+    return State(
+        weights=data.float() if rounded and master else data,
+        momentum=torch.zeros_like(data, dtype=torch.float32),
+        copy=data if rounded and master else data.bfloat16() if bf16_copy else None,
+        average=None if average_decay is None else torch.zeros_like(data, dtype=torch.float32),
+        clock=torch.zeros(3, dtype=torch.int64, device=data.device),
+        rate=torch.zeros(1, device=data.device),
+    )
 
 
 def reference_update(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies
 from torch import Tensor
 
-from fastsnap.kernels.update import Layout, Rule, State, new_clock, reference_update
+from fastsnap.kernels.update import Layout, Rule, State, new_state, reference_update
 from fastsnap.schedule import Schedule
 
 ALIGNMENT = 16
@@ -67,14 +67,9 @@ def state_of(case: Case, layout: Layout, device: str = "cpu") -> State:
     for offset, size in zip(layout.offsets, layout.sizes, strict=True):
         data[offset : offset + size] = torch.randn(size)
     data = data.to(device=device, dtype=case.weights)
-    return State(
-        weights=data,
-        momentum=torch.zeros_like(data, dtype=torch.float32),
-        copy=data.bfloat16() if case.copy else None,
-        average=None if case.average_decay is None else torch.zeros_like(data, dtype=torch.float32),
-        clock=new_clock(data.device),
-        rate=torch.tensor([case.schedule.rate(0)], device=device),
-    )
+    state = new_state(data, bf16_copy=case.copy, master=False, average_decay=case.average_decay)
+    state.rate.fill_(case.schedule.rate(0))
+    return state
 
 
 def check_against_reference(case: Case, make_update: Any, device: str = "cpu", updates: int = 4) -> None:
