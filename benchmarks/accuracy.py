@@ -1,7 +1,7 @@
 """Error of a snapshot ensemble at equal epochs against the standard schedule, NoCycle and SingleCycle, by seed.
 
-Every run is an ordinary run folder, OUT/accuracy/<regime>/<schedule>-s<seed>/, which `python -m fastsnap.ensemble_eval`
-evaluates too. A finished one is not repeated, an unfinished one goes on, and seeds can be added at any time.
+Every run is an ordinary run folder, `OUT/accuracy/<regime>/<schedule>-s<seed>/`, for `python -m fastsnap.ensemble_eval`
+too. A finished one is not repeated, an unfinished one goes on, and seeds can be added at any time.
 """
 
 import json
@@ -57,8 +57,8 @@ class Regime:
     batch_size: int = 64
 
 
-FEW = Regime("few-images", DATASET, "resnet8", 60, 5, 0.2, 2_000, seeds=3)
-MANY = Regime("many-images", DATASET, "resnet8", 5, 5, 0.2, 20_000, seeds=2)
+FEW = Regime("few-images", DATASET, "resnet8", 50, 5, 0.2, 2_000, seeds=3)
+MANY = Regime("many-images", DATASET, "resnet8", 6, 3, 0.2, 10_000, seeds=2)
 PAPER = Regime("paper", DATASET, "resnet110", 200, 5, 0.2, None, seeds=3)
 PAPER_FEW = Regime("10000-images", DATASET, "resnet20", 150, 5, 0.2, 10_000, seeds=5)
 DIGITS = Regime("digits", "digits", "resnet8", 30, 5, 0.1, 500, seeds=3, batch_size=32)

@@ -1,17 +1,21 @@
 """The report's pictures, in the look of fastsnap.plots."""
 
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 from measure import PROJECT
 from results import Record
+from tables import figure as figure_text
 
 from fastsnap.plots import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE, save
 
 WIDTH = 9.0  # inches
+TITLE_LETTERS = 48  # of a panel of half that width
 BAR, MARGIN = 0.34, 0.95  # inches of height: of a contender, and of a panel's title and axis
 
 
@@ -66,15 +70,27 @@ def _series(axes: Axes, points: list[Record], fit: Record) -> None:
         [point["high"] - point["median"] for point in points],
     ]
     axes.errorbar(sizes, medians, yerr=whiskers, fmt="o", color=BLUE, ecolor=ORANGE)
+    axes.plot(sizes, _power(sizes, medians, fit["median"]), "--", color=GREY, linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(min(medians) / 2, max(medians) * 2)  # a flat series should look flat
-    axes.set_xticks(sizes, minor=False)
-    axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_title(f"{fit['details']['series']}: exponent {fit['median']:.2f}", loc="left", fontsize=9)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: figure_text(value)))
+    axes.minorticks_off()
+    title = textwrap.fill(f"{fit['details']['series']}: exponent {fit['median']:.2f}", TITLE_LETTERS)
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set(xlabel=points[0]["details"]["axis"], ylabel=points[0]["unit"])
     _tidy(axes, "both")
+
+
+def _power(sizes: list[float], values: list[float], exponent: float) -> list[float]:
+    """The fitted power at these sizes; the line goes through the mean of the logarithms."""
+    logarithms = [
+        math.log(value) - exponent * math.log(size) for size, value in zip(sizes, values, strict=True)
+    ]
+    factor = math.exp(sum(logarithms) / len(logarithms))
+    return [factor * size**exponent for size in sizes]
 
 
 def errors(records: Sequence[Record], path: Path) -> None:

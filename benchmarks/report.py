@@ -6,8 +6,9 @@ writes them again without measuring.
 """
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import figures
@@ -75,18 +76,27 @@ def _machine_lines(records: Sequence[Record]) -> list[str]:
 
 def _section(name: str, records: list[Record], folder: Path) -> Section:
     picture = folder / f"{name}.png"
-    title = name.capitalize()
+    title, *text = _explanation(name)
     measured = [record for record in records if record["n"]]
     if name == "accuracy":
         figures.errors(measured, picture)
         gains = [tables.gain(rows) for rows in tables.by_case(measured).values()]
-        return Section(title, gains, tables.accuracy(measured), [picture])
+        return Section(title, [*text, *gains], tables.accuracy(measured), [picture])
     if name == "scaling":
         figures.series(measured, picture)
-        return Section(title, tables=[tables.series(measured)], pictures=[picture])
-    draw: Callable[[Sequence[Record], Path], None] = figures.bars
-    draw(measured, picture)
-    return Section(title, tables=[tables.measurements(records)], pictures=[picture])
+        return Section(title, text, [tables.series(measured)], [picture])
+    figures.bars(measured, picture)
+    return Section(title, text, [tables.measurements(records)], [picture])
+
+
+def _explanation(name: str) -> list[str]:
+    """The benchmark's own words on what it measures: its docstring, by paragraph; the first is the title."""
+    documentation = importlib.import_module(name).__doc__ or name
+    paragraphs = documentation.strip().split("\n\n")
+    return [
+        " ".join(paragraph.split()).removesuffix("." if place == 0 else "")
+        for place, paragraph in enumerate(paragraphs)
+    ]
 
 
 def readme_section(records: Sequence[Record]) -> str:

@@ -30,7 +30,7 @@ LOOPS: dict[str, Callable[..., None]] = {
 }
 NEEDS = {TORCHENSEMBLE: "torchensemble", TIMM: "timm"}
 WORKERS, QUICK_WORKERS = (0, 2), (0,)  # of the opponents' DataLoader: the best counts
-WARM_UP_STEPS, QUICK_WARM_UP_STEPS = 6, 2
+WARM_UP_STEPS, QUICK_WARM_UP_STEPS = 5, 2  # CUDA graphs are captured within them
 TURN_SECONDS, QUICK_TURN_SECONDS = 1.5, 0.4  # of the project; the others take longer for the same steps
 LEAST_STEPS, MOST_STEPS = 3, 2000
 ROUNDS, QUICK_ROUNDS = 5, 2
@@ -90,6 +90,8 @@ def _steps_of_a_turn(
 
 def _keep_fastest(processes: dict[int, PacedProcess], steps: int) -> int:
     """The number of workers of the fastest process; the others are closed."""
+    if len(processes) == 1:
+        return next(iter(processes))
     seconds = {count: process.seconds_per_step(steps) for count, process in processes.items()}
     best = min(seconds, key=lambda count: seconds[count])
     for count, process in processes.items():
