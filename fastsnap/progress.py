@@ -15,7 +15,10 @@ SILENCE_SECONDS = 60.0  # longest time without a line, so that long epochs show 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run is. `step` counts updates done; `epoch` and `cycle` count from 1; `error` is in percent."""
+    """Where a run is. `step` counts updates done; `epoch` and `cycle` count from 1.
+
+    loss (nats), error (%) and images_per_second are of the current epoch so far.
+    """
 
     step: int
     steps: int

@@ -29,13 +29,13 @@ class TrainingDiverged(RunError):
 
 @dataclass
 class Look:
-    """What was read from the device at the last look at the loss."""
+    """What was read from the device at the last look: sums over the images of the current epoch."""
 
     step: int
     time: float
     loss_sum: float = 0.0
     errors: float = 0.0
-    images: int = 0  # of the current epoch, like the sums
+    images: int = 0
 
 
 class Trainer:
@@ -73,9 +73,7 @@ class Trainer:
         self._session_start = self._epoch_start = self._checkpoint_time = time.perf_counter()
         self._warm = (self.step, self._session_start)
         self._estimated = False
-        seen = self.step % self.pipeline.steps_per_epoch * self.pipeline.batch_size
-        loss_sum, errors = self.train_step.totals.tolist()
-        self._look = Look(self.step, self._session_start, loss_sum, errors, seen)
+        self._look = Look(self.step, self._session_start)
         with stop_signals() as stop:
             while self.step < self.schedule.steps:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
@@ -106,23 +104,23 @@ class Trainer:
 
     def _look_at_loss(self, display: ProgressDisplay, *, epoch_ended: bool, saving: bool) -> None:
         loss_sum, errors = self.train_step.totals.tolist()  # waits for the device
-        before = self._look
+        looked_before = self._look.step
         self._look = Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen())
         # The last update may have broken the weights after a loss that still was finite.
         if not math.isfinite(loss_sum) or (saving and not self.optimizer.flat.data.isfinite().all()):
             raise TrainingDiverged(
-                f"the loss became NaN or infinite between steps {before.step + 1} and {self.step} "
+                f"the loss became NaN or infinite between steps {looked_before + 1} and {self.step} "
                 f"(epoch {self._epoch()}, cycle {self._cycle()}); the {len(self.folder.snapshots())} snapshots saved "
                 f"before are kept in {self.folder.path}. Try a lower --lr or --precision fp32, with another --out"
             )
-        status = self._status(before)
+        status = self._status()
         display.show(status, epoch_ended=epoch_ended)
         if not self._estimated and self.step - self._first_step >= ESTIMATE_STEPS:
             self._estimated = True
             display.message(self._estimate(status))
 
-    def _status(self, before: Look) -> Status:
-        images = max(1, self._look.images - before.images)
+    def _status(self) -> Status:
+        look = self._look
         return Status(
             step=self.step,
             steps=self.schedule.steps,
@@ -131,9 +129,9 @@ class Trainer:
             cycle=self._cycle(),
             cycles=self.schedule.cycles,
             learning_rate=self.schedule.rate(self.step - 1),
-            loss=(self._look.loss_sum - before.loss_sum) / images,
-            error=100 * (self._look.errors - before.errors) / images,
-            images_per_second=images / max(self._look.time - before.time, 1e-9),
+            loss=look.loss_sum / look.images,
+            error=100 * look.errors / look.images,
+            images_per_second=look.images / self._seconds_in_epoch(),
             seconds_left=self._seconds_left(),
         )
 
