@@ -39,7 +39,7 @@ class Verdict:
     met: bool | None
 
 
-RESNET20, RESNET110 = "resnet20, batch 64", "resnet110, batch 64"
+RESNET20, RESNET110 = throughput.case_of("resnet20"), throughput.case_of("resnet110")
 TARGETS = (
     Target(
         "training ResNet-20, times torchensemble's images/s",

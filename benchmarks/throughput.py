@@ -52,6 +52,11 @@ def run(settings: Settings) -> Iterator[Result]:
             yield Result(NAME, results[0].case, name, UNIT, "higher", missing=reason)
 
 
+def case_of(net: str, batch_size: int = Task.batch_size) -> str:
+    """The net and its batch, for the report."""
+    return f"{net}, batch {batch_size}"
+
+
 def measure_net(task: Task, workers: Workers, quick: bool) -> tuple[list[Result], Workers]:
     """Images/s of the project and of the opponents in `workers`; and the number of workers that served each best."""
     with ExitStack() as stack:
@@ -71,8 +76,9 @@ def measure_net(task: Task, workers: Workers, quick: bool) -> tuple[list[Result]
     values = {name: [task.batch_size / value for value in own] for name, own in seconds.items()}
     common = {"steps per turn": steps, "data": describe_data(task.data)}
     details = {name: {"DataLoader workers": count} for name, count in best.items()}
-    case = f"{task.net}, batch {task.batch_size}"
-    results = compare(NAME, case, UNIT, values, "higher", {PROJECT: common} | details)
+    results = compare(
+        NAME, case_of(task.net, task.batch_size), UNIT, values, "higher", {PROJECT: common} | details
+    )
     return results, {name: (count,) for name, count in best.items()}
 
 

@@ -22,6 +22,7 @@ import results  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
 import targets  # noqa: E402
+import throughput  # noqa: E402
 from measure import PROJECT, Result, Settings, alternate, compare  # noqa: E402
 from opponents.ensemble_pytorch import fit_loop  # noqa: E402
 from opponents.loaders import TransformedImages  # noqa: E402
@@ -118,6 +119,17 @@ def test_every_contender_runs_the_steps_it_is_told(name: str) -> None:
         answer = here.recv()
         assert isinstance(answer, Chunk), answer
     assert not here.poll()
+
+
+def test_throughput_is_measured_in_turns_and_says_with_how_many_workers() -> None:
+    (project, plain), best = throughput.measure_net(SMALL, {throughput.PLAIN: (0,)}, quick=True)
+    assert (project.opponent, plain.opponent) == (PROJECT, throughput.PLAIN)
+    assert project.case == plain.case == "resnet8, batch 4"
+    assert best == {throughput.PLAIN: (0,)}
+    assert plain.details["DataLoader workers"] == 0
+    ratios = [own / other for own, other in zip(project.values, plain.values, strict=True)]
+    assert plain.ratio is not None
+    assert min(ratios) <= plain.ratio.median <= max(ratios)
 
 
 def test_the_opponents_images_are_normalised_and_padded_with_the_mean_colour() -> None:
