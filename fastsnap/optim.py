@@ -19,7 +19,8 @@ class SnapshotSGD(torch.optim.Optimizer):
                    a group may carry its own "weight_decay" (0 for biases and BatchNorm), which costs nothing
     schedule       the learning rate as a function of the number of updates done
     momentum       at least 0, below 1; weight_decay: at least 0, times the weight, is added to the gradient
-    flat           storage whose views the parameters already are; default: made here
+    flat           storage whose views the parameters already are; default: made here, and convolution weights become
+                   channels-last then (safetensors wants them .contiguous())
     bf16_copy      fp32 parameters: also keep the weights rounded to bf16, in `copy`
     master         bf16 parameters: keep the values in fp32, in `weights`; the parameters are those rounded
     average_decay  keep a running average of the weights in `average`: 1 is their mean (SWA), below 1 exponential
