@@ -18,10 +18,10 @@ import torch
 from measure import PROJECT, Result, Settings, alternate, compare, not_installed
 from opponents import evaluators
 from project import configure
-from task import CLASSES, Task, describe_data, load_images
+from task import CLASSES, Task, describe_data, load_images, shortened
 from torch import Tensor, nn
 
-from fastsnap.datasets import Dataset, ImageSet
+from fastsnap.datasets import Dataset
 from fastsnap.evaluate import evaluate_run
 from fastsnap.models import build_network
 from fastsnap.pipeline import make_pipeline
@@ -50,7 +50,7 @@ def run(settings: Settings) -> Iterator[Result]:
     task = Task(NET, settings.device, settings.data, cycles=MEMBERS)
     images = QUICK_IMAGES if settings.quick else IMAGES
     networks = random_networks(NET, MEMBERS)
-    dataset = first_test_images(load_images(settings.data), images)
+    dataset = shortened(load_images(settings.data), test=images)
     pixels = _normalised(dataset, task.device)
     plain = [copy.deepcopy(network).to(task.device) for network in networks]
     with torch.inference_mode():
@@ -68,12 +68,6 @@ def run(settings: Settings) -> Iterator[Result]:
 def case_of(precision: str) -> str:
     """The members and their precision, for the report."""
     return f"{MEMBERS} x {NET}, {precision}"
-
-
-def first_test_images(dataset: Dataset, count: int) -> Dataset:
-    """`dataset` with only the first `count` test images."""
-    test = dataset.test
-    return replace(dataset, test=ImageSet(test.images[:count], test.labels[:count]))
 
 
 def random_networks(net: str, members: int) -> list[nn.Module]:

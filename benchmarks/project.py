@@ -18,6 +18,8 @@ from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer, describe, settle
 from fastsnap.trainer import Trainer
 
+WARM_UP_STEPS = 5  # compilation, first allocations, the CUDA graph
+
 
 class PacedPipeline:
     """See fastsnap.pipeline.Pipeline."""
@@ -74,6 +76,15 @@ def train_run(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> None:
         trainer.resume()
         if trainer.step < trainer.schedule.steps:
             run_silently(trainer)
+
+
+def warm_up(trainer: Trainer) -> None:
+    """A few steps before the first, in which what happens once happens; the run then starts at its beginning."""
+    images, labels = next(iter(trainer.pipeline.epoch(0)))
+    for _ in range(WARM_UP_STEPS):
+        trainer.train_step(images, labels)
+    trainer.optimizer.seek(0)
+    trainer.train_step.totals.zero_()
 
 
 def run_silently(trainer: Trainer) -> None:

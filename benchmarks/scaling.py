@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from evaluation import first_test_images, random_networks, random_run
+from evaluation import random_networks, random_run
 from measure import PROJECT, Better, Result, Settings, alternate, spread
 from paced import PacedProcess
-from project import batches_loop, configure, train_loop
-from schedules import first_train_images, seconds_of_a_run
+from project import batches_loop, configure, train_loop, warm_up
+from schedules import seconds_of_a_run
 from scipy import stats
-from task import CLASSES, Task, load_images
+from task import CLASSES, Task, load_images, shortened
 
 from fastsnap.datasets import Dataset
 from fastsnap.evaluate import evaluate_run
@@ -119,6 +119,7 @@ def _step_turn(dataset: Dataset, settings: Settings, net: str, batch_size: int) 
     """Seconds per training step, on one batch."""
     task = Task(net, settings.device, settings.data, batch_size=batch_size)
     trainer = build_trainer(configure(task), dataset, RunFolder("unused"))
+    warm_up(trainer)
     images, labels = next(iter(trainer.pipeline.epoch(0)))
     steps = max(1, (QUICK_IMAGES_OF_A_TURN if settings.quick else IMAGES_OF_A_TURN) // batch_size)
 
@@ -136,7 +137,7 @@ def _cycles(dataset: Dataset, settings: Settings) -> Series:
     """Whole training runs of the same length with more and more snapshots."""
     members = QUICK_MEMBERS if settings.quick else MEMBERS
     images = QUICK_IMAGES_OF_A_TURN if settings.quick else IMAGES_OF_A_TURN
-    short = first_train_images(dataset, images)
+    short = shortened(dataset, train=images)
     task = Task(NET, settings.device, settings.data, epochs=2)
     turns = {m: partial(seconds_of_a_run, replace(task, cycles=m), short) for m in members}
     quantity = f"training {NET} on {task.epochs * images:,} images"
@@ -146,7 +147,7 @@ def _cycles(dataset: Dataset, settings: Settings) -> Series:
 def _members(dataset: Dataset, settings: Settings) -> Series:
     members = QUICK_MEMBERS if settings.quick else MEMBERS
     images = QUICK_TEST_IMAGES if settings.quick else TEST_IMAGES
-    short = first_test_images(dataset, images)
+    short = shortened(dataset, test=images)
     task = Task(NET, settings.device, settings.data)
     precision = configure(task).precision
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,6 +1,6 @@
 """What every contender is given: the same network, images, augmentation, batch size and schedule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,15 @@ def synthetic_images(train: int = SYNTHETIC_IMAGES, test: int = SYNTHETIC_TEST_I
         flip=True,
         source="noise in the shape of CIFAR-100, for measuring speed",
     )
+
+
+def shortened(dataset: Dataset, *, train: int | None = None, test: int | None = None) -> Dataset:
+    """`dataset` with only the first images; None keeps all."""
+
+    def first(images: ImageSet, count: int | None) -> ImageSet:
+        return ImageSet(images.images[:count], images.labels[:count])
+
+    return replace(dataset, train=first(dataset.train, train), test=first(dataset.test, test))
 
 
 def describe_data(data: Path | None) -> str:

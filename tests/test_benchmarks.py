@@ -23,11 +23,12 @@ import run  # noqa: E402
 import scaling  # noqa: E402
 import targets  # noqa: E402
 import throughput  # noqa: E402
+from counting_loop import counting_loop  # noqa: E402
 from measure import PROJECT, Result, Settings, alternate, compare  # noqa: E402
 from opponents.ensemble_pytorch import fit_loop  # noqa: E402
 from opponents.loaders import TransformedImages  # noqa: E402
 from opponents.loops import careful_loop, plain_loop, timm_loop  # noqa: E402
-from paced import Chunk, ContenderFailed, Pace, PacedProcess, run_loop  # noqa: E402
+from paced import Chunk, ContenderFailed, PacedProcess, run_loop  # noqa: E402
 from pipelines import dataloader_loop, step_loop  # noqa: E402
 from project import batches_loop, train_loop  # noqa: E402
 from task import Task, synthetic_images  # noqa: E402
@@ -73,12 +74,6 @@ def test_a_result_says_where_it_comes_from() -> None:
     assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", line["commit"])
     assert line["command"].startswith("python ")
     assert str(ROOT) not in json.dumps(line)
-
-
-def counting_loop(pace: Pace, path: Path) -> None:
-    for count in pace.batches(range(3)):
-        path.write_text(f"{count}")
-    raise RuntimeError("nothing left to do")
 
 
 def test_a_process_runs_in_its_turn_only_and_its_failure_is_told(tmp_path: Path) -> None:
