@@ -5,6 +5,7 @@ thread of a fresh process, as its user would run it. A loop takes its batches th
 """
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -93,7 +94,9 @@ class PacedProcess:
         self.name = name
         self._connection, child = context.Pipe()
         self._process = context.Process(target=run_loop, args=(child, loop, arguments))
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process to answer
         self._process.start()
+        signal.signal(signal.SIGINT, before)
         child.close()
 
     def run(self, steps: int) -> Chunk:
@@ -136,7 +139,7 @@ def run_loop(connection: Connection, loop: Callable[..., None], arguments: tuple
     try:
         loop(Pace(connection), *arguments)
         connection.send("it ended before the measurement")
-    except (_Finished, KeyboardInterrupt):  # Ctrl-C reaches all processes; the measuring one answers
+    except _Finished:
         return
     except Exception as error:
         with suppress(OSError):
