@@ -7,7 +7,7 @@ too. A finished one is not repeated, an unfinished one goes on, and seeds can be
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastsnap.train import describe, settle
 NAME = "accuracy"
 CONFIDENCE = 0.95
 STANDARD = "standard schedule"
-SNAPSHOT_RUN, STANDARD_RUN, SINGLE_RUN = "snapshot", "step", "single-cycle"
+KINDS = SNAPSHOT_RUN, STANDARD_RUN, SINGLE_RUN = "snapshot", "step", "single-cycle"
 # Which run each method takes, and whether all its snapshots together or the last one alone.
 METHODS = {
     PROJECT: (SNAPSHOT_RUN, True),
@@ -98,28 +98,31 @@ def train_seed(regime: Regime, seed: int, settings: Settings) -> None:
         seed=seed,
         download=False,
     )
-    for kind in (SNAPSHOT_RUN, STANDARD_RUN):
+    for kind in KINDS:
         folder = _folder(regime, kind, seed, settings.out)
-        train_run(_config(regime, kind, seed, settings.device), dataset, folder)
-        _evaluate(folder, dataset, settings.device)
-    folder = _folder(regime, SINGLE_RUN, seed, settings.out)
-    _train_single_cycles(regime, seed, dataset, folder, settings.device)
-    _evaluate(folder, dataset, settings.device)
+        config = _config(regime, kind, seed, settings)
+        if kind == SINGLE_RUN:
+            _train_single_cycles(regime, config, dataset, folder)
+        else:
+            train_run(config, dataset, folder)
+        if not _is_evaluated(folder, regime):
+            report = evaluate_run(folder, dataset=dataset, device=torch.device(settings.device))
+            folder.write_json("ensemble.json", report.as_json())
 
 
 def _folder(regime: Regime, kind: str, seed: int, out: Path) -> RunFolder:
     return RunFolder(out / NAME / regime.name / f"{kind}-s{seed}")
 
 
-def _config(regime: Regime, kind: str, seed: int, device: str, **changes: Any) -> TrainConfig:
-    values = asdict(regime)
+def _config(regime: Regime, kind: str, seed: int, settings: Settings) -> TrainConfig:
+    values = asdict(regime) | {"seed": seed, "device": settings.device, "data": str(settings.data or "data")}
     del values["name"], values["seeds"]
     if kind == STANDARD_RUN:
         values |= {"schedule": "step", "learning_rate": STANDARD_RATE}
-    return settle(make_config(**values | {"seed": seed, "device": device, "out": kind, "data": ""} | changes))
+    return settle(make_config(**values, out=str(_folder(regime, kind, seed, settings.out).path)))
 
 
-def _train_single_cycles(regime: Regime, seed: int, dataset: Dataset, folder: RunFolder, device: str) -> None:
+def _train_single_cycles(regime: Regime, config: TrainConfig, dataset: Dataset, folder: RunFolder) -> None:
     """M networks, each from its own initialisation through one cycle, gathered in one run folder."""
     epochs, rest = divmod(regime.epochs, regime.cycles)
     if rest:
@@ -128,12 +131,12 @@ def _train_single_cycles(regime: Regime, seed: int, dataset: Dataset, folder: Ru
         )
     folder.path.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
-        folder.write_json("config.json", describe(_config(regime, SINGLE_RUN, seed, device), dataset))
+        folder.write_json("config.json", describe(config, dataset))
     for number in range(len(folder.snapshots()) + 1, regime.cycles + 1):
         member = RunFolder(folder.path / f"member-{number}")
-        member_seed = MEMBER_SEEDS * (seed + 1) + number
-        config = _config(regime, SINGLE_RUN, member_seed, device, epochs=epochs, cycles=1)
-        train_run(config, dataset, member)
+        seed = MEMBER_SEEDS * (config.seed + 1) + number
+        changes: dict[str, Any] = {"seed": seed, "epochs": epochs, "cycles": 1, "out": str(member.path)}
+        train_run(replace(config, **changes), dataset, member)
         (entry,) = member.snapshots()
         folder.save_snapshot(
             member.load_snapshot(entry),
@@ -145,11 +148,9 @@ def _train_single_cycles(regime: Regime, seed: int, dataset: Dataset, folder: Ru
         )
 
 
-def _evaluate(folder: RunFolder, dataset: Dataset, device: str) -> None:
-    """Write ensemble.json, unless it is there; unlike a run's, it needs no data to be read."""
-    if not (folder.path / "ensemble.json").exists():
-        report = evaluate_run(folder, dataset=dataset, device=torch.device(device))
-        folder.write_json("ensemble.json", report.as_json())
+def _is_evaluated(folder: RunFolder, regime: Regime) -> bool:
+    """Whether ensemble.json is there, and of all snapshots: the user may have written one of a few."""
+    return (folder.path / "ensemble.json").exists() and len(_report(folder)["members"]) == regime.cycles
 
 
 def results_of(regime: Regime, settings: Settings) -> list[Result]:
@@ -181,11 +182,10 @@ def finished_seeds(regime: Regime, out: Path) -> list[int]:
     """Seeds of which all runs are evaluated."""
     folders = (out / NAME / regime.name).glob(f"{SNAPSHOT_RUN}-s*")
     seeds = sorted(int(folder.name.rsplit("-s", 1)[1]) for folder in folders)
-    kinds = (SNAPSHOT_RUN, STANDARD_RUN, SINGLE_RUN)
     return [
         seed
         for seed in seeds
-        if all((_folder(regime, kind, seed, out).path / "ensemble.json").exists() for kind in kinds)
+        if all(_is_evaluated(_folder(regime, kind, seed, out), regime) for kind in KINDS)
     ]
 
 

@@ -200,6 +200,17 @@ def test_single_cycle_members_start_anew_and_their_run_is_an_ordinary_one(
     assert evaluate_run(folder).metrics.last_m[-1].error == pytest.approx(result.values[0])
 
 
+def test_an_evaluation_of_some_snapshots_does_not_pass_for_one_of_all(
+    accuracy_run: tuple[Settings, list[Result]],
+) -> None:
+    settings, before = accuracy_run
+    folder = quick_run(settings, "snapshot-s0")
+    folder.write_json("ensemble.json", evaluate_run(folder, snapshots=[1]).as_json())
+    assert accuracy.finished_seeds(accuracy.QUICK, settings.out) == []
+    again = list(accuracy.run(settings))
+    assert [result.values for result in again] == [result.values for result in before]
+
+
 def test_a_seed_is_added_without_repeating_the_others(
     accuracy_run: tuple[Settings, list[Result]], tmp_path: Path
 ) -> None:

@@ -17,13 +17,7 @@ from fastsnap.step import AUTOCAST_DTYPES, choose_precision
 def plain_loop(pace: Pace, task: Task) -> None:
     """DataLoader, torch.optim.SGD, a scheduler; float32."""
     network = build_network(task.net, classes=CLASSES).to(task.device).train()
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        task.learning_rate,
-        momentum=task.momentum,
-        weight_decay=task.weight_decay,
-        nesterov=True,
-    )
+    optimizer = _sgd(network, task)
     loader = make_loader(task)
     scheduler = _warm_restarts(optimizer, task, loader)
     for _ in range(task.epochs):
@@ -39,14 +33,7 @@ def plain_loop(pace: Pace, task: Task) -> None:
 def careful_loop(pace: Pace, task: Task) -> None:
     """The same with channels-last memory, autocast to bf16 and fused SGD; compiled on CUDA."""
     network = _channels_last(task)
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        task.learning_rate,
-        momentum=task.momentum,
-        weight_decay=task.weight_decay,
-        nesterov=True,
-        fused=True,
-    )
+    optimizer = _sgd(network, task, fused=True)
     loader = make_loader(task)
     scheduler = _warm_restarts(optimizer, task, loader)
     _train_carefully(pace, task, network, optimizer, loader, lambda step: scheduler.step())
@@ -75,6 +62,17 @@ def timm_loop(pace: Pace, task: Task) -> None:
         t_in_epochs=False,
     )
     _train_carefully(pace, task, network, optimizer, loader, scheduler.step_update)
+
+
+def _sgd(network: nn.Module, task: Task, *, fused: bool | None = None) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        network.parameters(),
+        task.learning_rate,
+        momentum=task.momentum,
+        weight_decay=task.weight_decay,
+        nesterov=True,
+        fused=fused,
+    )
 
 
 def _channels_last(task: Task) -> nn.Module:
