@@ -25,7 +25,7 @@ START, END = "<!-- results -->", "<!-- /results -->"
 NOTES = (
     "Contenders take turns in one run, A B A B, each at its best setting. A value is the median with its quartiles; "
     "ratios are taken round by round, and then their median: on a noisy machine they are steadier than the values. "
-    "`times better` above 1: fastsnap wins; below 1: the opponent wins.",
+    "`times as good` above 1: fastsnap wins; below 1: the opponent wins.",
 )
 
 
@@ -35,7 +35,7 @@ def one_line(record: Record) -> str:
     if record["missing"]:
         return f"{place}: not measured, {record['missing']}"
     text = f"{place}: {tables.range_of(record)} {record['unit']}, n = {record['n']}"
-    return text + (f", fastsnap {tables.range_of(record['ratio'])} times better" if record["ratio"] else "")
+    return text + (f", fastsnap {tables.range_of(record['ratio'])} times as good" if record["ratio"] else "")
 
 
 def write(folder: Path, *, readme: bool) -> list[Path]:
@@ -53,6 +53,11 @@ def write(folder: Path, *, readme: bool) -> list[Path]:
         write_atomically(README, with_results(README.read_text(), readme_section(records)).encode())
         written.append(README)
     return written
+
+
+def check_readme() -> None:
+    """Raise ValueError if the README has no place for the results."""
+    with_results(README.read_text(), "")
 
 
 def make_sections(records: Sequence[Record], folder: Path) -> list[Section]:

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", metavar="NAME,...", action="append", help="run these benchmarks (default: all)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="about two minutes in all; the figures say little (default: 15)"
+        "--quick", action="store_true", help="about two minutes in all instead of 15; the figures say little"
     )
     parser.add_argument("--full", action="store_true", help="accuracy at the paper's setting: days on a CPU")
     parser.add_argument(
@@ -82,6 +82,8 @@ def _run(options: argparse.Namespace) -> int:
 
     names = _chosen(options.only)
     settings = _settings(options)
+    if options.update_readme:
+        report.check_readme()
     failed = False
     for name in names:
         start = time.perf_counter()
@@ -111,6 +113,8 @@ def _settings(options: argparse.Namespace) -> "Settings":
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
     if options.full and options.data is None:
         raise ValueError("--full needs CIFAR-100: name the folder that holds it with --data")
+    if options.quick and options.update_readme:
+        raise ValueError("--update-readme needs figures that mean something: leave --quick out")
     load_images(options.data)
     out = options.out or Path("reports/quick" if options.quick else "reports")
     try:

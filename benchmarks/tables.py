@@ -32,7 +32,7 @@ def measurements(records: Sequence[Record]) -> Table:
         for record in contenders:
             first = case if record is contenders[0] else ""
             rows.append((first, record["opponent"], *_measurement(record)))
-    headers = ("case", "contender", "median (quartiles)", f"{PROJECT} is times better", "n", "details")
+    headers = ("case", "contender", "median (quartiles)", f"{PROJECT} is … times as good", "n", "details")
     return Table(headers, rows, frozenset({2, 3, 4}))
 
 

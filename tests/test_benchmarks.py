@@ -381,6 +381,7 @@ def test_a_benchmark_runs_from_the_command_line_to_the_report(
 WRONG = [
     (["--only", "speed"], "error: unknown benchmark speed: choose from throughput, "),
     (["--seeds", "0"], "error: --seeds must be at least 1, got 0"),
+    (["--quick", "--update-readme"], "error: --update-readme needs figures that mean something"),
     (["--full"], "error: --full needs CIFAR-100"),
     (["--data", "nowhere"], "nowhere"),
     (["--out", "/dev/null/reports"], "error: cannot write to --out /dev/null/reports"),
