@@ -10,6 +10,7 @@ from rich.console import Console
 from task import DATASET, Task, load_images
 from torch import Tensor
 
+from fastsnap.allocator import keep_freed_memory
 from fastsnap.config import TrainConfig, differences, make_config
 from fastsnap.datasets import Dataset
 from fastsnap.pipeline import Pipeline, make_pipeline
@@ -53,6 +54,7 @@ def configure(task: Task, schedule: str = "snapshot") -> TrainConfig:
 
 def train_loop(pace: Pace, task: Task, schedule: str = "snapshot") -> None:
     """Training without end; what it saves goes to a temporary folder."""
+    keep_freed_memory()  # as fastsnap.train's main does
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(configure(task, schedule), load_images(task.data), RunFolder(folder))
         trainer.pipeline = PacedPipeline(trainer.pipeline, pace)

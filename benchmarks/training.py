@@ -21,6 +21,7 @@ PROCESS_START = os.stat("/proc/self").st_ctime  # before torch is imported
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from fastsnap.allocator import keep_freed_memory  # noqa: E402
 from fastsnap.config import parse_arguments  # noqa: E402
 from fastsnap.datasets import load_dataset  # noqa: E402
 from fastsnap.progress import ProgressDisplay  # noqa: E402
@@ -68,6 +69,7 @@ class Stopwatch:
 
 def measure(arguments: list[str]) -> dict[str, Any]:
     """Train as `arguments` say and return what it cost."""
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         config = settle(parse_arguments([*arguments, "--out", temporary]))
         if config.device != "cpu":

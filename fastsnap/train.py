@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from fastsnap import __version__
+from fastsnap.allocator import keep_freed_memory
 from fastsnap.apex import ApexSGD
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.datasets import Dataset, load_dataset
@@ -196,6 +197,7 @@ def _print_summary(console: Console, config: TrainConfig, dataset: Dataset, trai
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one."""
     console = Console()
+    keep_freed_memory()
     try:
         config = parse_arguments(arguments)
         folder, dataset = train(config, console)
