@@ -3,6 +3,8 @@
 #   make train                          5 snapshots on scikit-learn's digits, about a minute on two CPU cores
 #   make train DATASET=cifar100 M=5     the paper's recipe
 #   make test                           lint and tests
+#   make bench                          all benchmarks and their report, about 15 minutes; DATA holds CIFAR-100
+#   make bench-peers                    the libraries that the benchmarks compare with
 #   make kernel-report                  the Triton kernels, compiled for three GPUs without one: registers, accesses
 #   make gpu-check                      everything that needs a GPU, into one report file
 #   make apex                           NVIDIA's apex, from source, for --update apex
@@ -10,7 +12,7 @@
 # Variables of `make train`, each a flag of `python -m fastsnap.train` (unset: the data set's recipe):
 #   DATASET  M (cycles)  EPOCHS  NET  BATCH  LR  SEED  DATA (folder of the data sets)  OUT (run folder)  ARGS (further flags)
 
-.PHONY: help train test lint kernel-report gpu-check apex clean
+.PHONY: help train test lint bench bench-peers kernel-report gpu-check apex clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -33,6 +35,13 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy --explicit-package-bases benchmarks
+
+bench: .venv/installed
+	@$(BIN)/python benchmarks/run.py $(call flag,DATA,--data) $(call flag,OUT,--out) $(ARGS)
+
+bench-peers: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'torchensemble>=0.2,<0.3' 'timm>=1,<2'
 
 kernel-report: .venv/installed
 	@$(BIN)/python -m fastsnap.kernels.report
@@ -50,7 +59,7 @@ apex: .venv/installed
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp)
 	@echo "installing into .venv; torch and its CUDA libraries are several GB, which takes minutes on a slow connection"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dali,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dali,test,bench]'
 	touch $@
 
 clean:

@@ -42,6 +42,7 @@ setup(
     extras_require={
         # The wheel must match torch's CUDA; without one, the PyTorch pipeline gives the same batches.
         "dali": ["nvidia-dali-cuda130>=1.52,<3; platform_system == 'Linux'"],
+        "bench": ["scipy>=1.11,<2"],
         "test": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import PROJECT, Result, Settings, alternate, compare, spread
@@ -31,7 +32,7 @@ ROUNDS, QUICK_ROUNDS = 25, 5
 IN_A_ROW = 10  # updates timed together
 MEMBERS, SAMPLES, CLASSES = 5, 10_000, 100
 BYTES_PER_PARAMETER, BYTES_PER_LOGIT = 20, 4
-OPTIONS = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+OPTIONS: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
 SCHEDULE = Schedule("snapshot", 100_000, 5, 0.2)
 
 
@@ -70,8 +71,8 @@ def _timed(call: Callable[[], object], device: str, times: int) -> float:
 
 def _update(settings: Settings, net: str, bandwidth: float) -> Iterator[Result]:
     device = settings.device
-    base = build_network(net, classes=100).to(device, memory_format=torch.channels_last)
-    makers = {
+    base = build_network(net, classes=100).to(device).to(memory_format=torch.channels_last)
+    makers: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
         PROJECT: _project,
         "foreach + scheduler": partial(_torch_sgd, foreach=True),
         "fused + scheduler": partial(_torch_sgd, fused=True),
@@ -159,7 +160,7 @@ def random_logits(device: str) -> tuple[Tensor, Tensor]:
 def by_hand(logits_MNC: Tensor, labels_N: Tensor) -> list[tuple[Tensor, ...]]:
     """Error, error of the first five, NLL and Brier score of the last m members, for every m."""
     members = list(logits_MNC)
-    results = []
+    results: list[tuple[Tensor, ...]] = []
     for m in range(1, len(members) + 1):
         mean_NC = torch.stack(members[-m:]).softmax(-1).mean(0)
         of_label_N = mean_NC.gather(1, labels_N[:, None])[:, 0]
@@ -177,7 +178,7 @@ def by_hand(logits_MNC: Tensor, labels_N: Tensor) -> list[tuple[Tensor, ...]]:
 
 def error_and_nll_by_hand(logits_MNC: Tensor, labels_N: Tensor) -> list[tuple[Tensor, ...]]:
     """Only error and NLL: less than the project computes."""
-    results = []
+    results: list[tuple[Tensor, ...]] = []
     for m in range(1, len(logits_MNC) + 1):
         mean_NC = torch.stack(list(logits_MNC[-m:])).softmax(-1).mean(0)
         errors = (mean_NC.argmax(1) != labels_N).float().mean()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from fastsnap.kernels.averaging_triton import tiles, triton_averaging
 
 
-@settings(max_examples=12)
+@settings(max_examples=60)
 @given(cases(most_classes=300))
 def test_agrees_with_float64(case):
     check_against_float64(case, *triton_averaging(**case))
