@@ -56,7 +56,7 @@ apex: .venv/installed
 	APEX_CPP_EXT=1 APEX_CUDA_EXT=1 $(BIN)/pip install -v --no-build-isolation \
 	  "git+https://github.com/NVIDIA/apex@$(APEX_TAG)"
 
-.venv/installed: setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp)
+.venv/installed: setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.h)
 	@echo "installing into .venv; torch and its CUDA libraries are several GB, which takes minutes on a slow connection"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dali,test,bench]'

@@ -1,6 +1,7 @@
 // The update of all tensors in one call, in the arithmetic of torch.optim.SGD: see State and Rule in update.py.
 //
-// Every element is computed on its own and every fused multiply-add is written out, so the result depends neither on the number of threads nor on the instruction set.
+// Every element is computed on its own and every fused multiply-add is written out, so the result depends neither on
+// the number of threads nor on the instruction set.
 
 #include <cstdint>
 

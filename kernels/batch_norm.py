@@ -1,0 +1,49 @@
+"""relu(batch_norm(input) + shortcut) in training: on a CPU half of what a small ResNet does besides its convolutions.
+
+On a GPU torch.compile makes fused kernels of the reference, so there is none of the project's own.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+DTYPES = (torch.float32, torch.bfloat16)
+CHANNELS_MULTIPLE, ELEMENTS_MULTIPLE = 16, 32  # what the CPU kernel handles at a time
+
+
+def reference_batch_norm_relu(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """relu(norm(input) + shortcut) in plain PyTorch, in training and evaluation: what the kernel is tested against.
+
+    input, shortcut  [N, C, H, W]; the shortcut may be missing
+    """
+    normalized = norm(input)
+    return functional.relu(normalized if shortcut is None else normalized + shortcut, inplace=True)
+
+
+def fused_batch_norm_relu(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """The same, in the CPU kernel where it can be used: see `is_fusible`. Sums are taken in fp32 or better, and
+    nothing is rounded in between. Backward once.
+    """
+    if not is_fusible(norm, input, shortcut):
+        return reference_batch_norm_relu(norm, input, shortcut)
+    from .batch_norm_cpu import BatchNormRelu
+
+    return BatchNormRelu.apply(norm, input, shortcut, norm.weight, norm.bias)
+
+
+def is_fusible(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor | None) -> bool:
+    """Whether the kernel takes it: in training, on a CPU, in fp32 or bf16, channels-last, a multiple of 16 channels."""
+    return (
+        norm.training
+        and norm.affine
+        and norm.weight.dtype == torch.float32
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and input.device.type == "cpu"
+        and input.dtype in DTYPES
+        and input.shape[1] % CHANNELS_MULTIPLE == 0
+        and input.numel() % ELEMENTS_MULTIPLE == 0
+        and input.numel() > input.shape[1]  # one value per channel: PyTorch refuses it
+        and input.is_contiguous(memory_format=torch.channels_last)
+        and (shortcut is None or (shortcut.dtype == input.dtype and shortcut.shape == input.shape))
+    )
