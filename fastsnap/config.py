@@ -144,7 +144,8 @@ def _metadata() -> dict[str, Any]:
 def _require(config: TrainConfig, name: str, condition: str, holds: Any) -> None:
     value = getattr(config, name)
     if value is not None and not holds(value):
-        raise ValueError(f"{name} must be {condition}, got {value}")
+        flag = _metadata()[name]["flag"]
+        raise ValueError(f"{name}{f' (--{flag})' if flag else ''} must be {condition}, got {value}")
 
 
 # Where the files lie does not change the result; everything else does, if only in the last bits.

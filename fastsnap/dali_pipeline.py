@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import nvidia.dali as dali
 import torch
 from numpy.typing import NDArray
+from nvidia.dali import fn
 from torch import Tensor
 
 from .datasets import ImageSet
@@ -20,15 +22,6 @@ from .pipeline import Plan
 
 PREFETCH = 2  # batches that DALI prepares while the step runs
 THREADS = 1  # the CPU's cores belong to the training step, and a GPU needs the host only for the gather
-
-try:
-    import nvidia.dali as dali
-    from nvidia.dali import fn
-except ImportError as error:
-    raise ImportError(
-        "the DALI pipeline needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or -cuda120, to match "
-        "torch's CUDA; the package nvidia-dali only raises). --loader torch gives the same batches without it"
-    ) from error
 
 
 class DaliPipeline:

@@ -20,6 +20,7 @@ from fastsnap.metrics import Metrics
 from fastsnap.plots import save_plots
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
 from fastsnap.step import choose_device
+from fastsnap.stopping import TrainingStopped, stop_signals_raised
 
 WIDEST_TABLE = (
     200  # characters; terminals and files that are narrower than a table get whole lines, no cut cells
@@ -27,10 +28,13 @@ WIDEST_TABLE = (
 METRIC_COLUMNS = ("error %", "top-5 %", "NLL", "ECE", "Brier")
 
 
-def report_run(folder: RunFolder, *, console: Console, **options: Any) -> Report:
+def report_run(
+    folder: RunFolder, *, console: Console, json_path: str | None = None, **options: Any
+) -> Report:
     """Evaluate the run in `folder`, print the tables on `console`, and save ensemble.json and the plots.
 
-    `options` are those of evaluate_run.
+    json_path  write ensemble.json's content there as well, "-" for standard output
+    options    those of evaluate_run
     Raises ValueError for what evaluate_run cannot do and for a folder that cannot be written to.
     """
     with console.status("reading the data") as status:
@@ -38,6 +42,8 @@ def report_run(folder: RunFolder, *, console: Console, **options: Any) -> Report
             folder, on_member=lambda entry: status.update(f"evaluating snapshot {entry.number}"), **options
         )
     print_report(report, console)
+    if json_path:  # first: the run folder may be read-only
+        _write_json(report, json_path)
     folder.write_json("ensemble.json", report.as_json())
     save_plots(folder, report)
     _print_line(console, f"saved ensemble.json, error-against-m.png and training.png in {folder.path}")
@@ -201,25 +207,40 @@ def _write_json(report: Report, path: str) -> None:
         raise ValueError(f"cannot write --json {path}: {error.strerror}") from error
 
 
+def _check_json_path(path: str | None) -> None:
+    """Raise ValueError before the evaluation, not after it."""
+    folder = Path(path or "-").parent
+    if not folder.is_dir():
+        raise ValueError(f"cannot write --json {path}: there is no folder {folder}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 for an error of use."""
+    """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one."""
     options = _parser().parse_args(arguments)
     try:
-        report = report_run(
-            RunFolder(options.run) if options.run else newest_run(),
-            console=Console(stderr=options.json == "-"),
-            data=options.data,
-            snapshots=options.snapshots,
-            split=options.split,
-            batch_size=options.batch_size,
-            device=choose_device(options.device),
-        )
-        if options.json:
-            _write_json(report, options.json)
+        with stop_signals_raised():
+            _evaluate(options)
+    except TrainingStopped as stopped:
+        print(f"stopped by {stopped}", file=sys.stderr)
+        return 128 + stopped.signal_number
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _check_json_path(options.json)
+    report_run(
+        RunFolder(options.run) if options.run else newest_run(),
+        console=Console(stderr=options.json == "-"),
+        json_path=options.json,
+        data=options.data,
+        snapshots=options.snapshots,
+        split=options.split,
+        batch_size=options.batch_size,
+        device=choose_device(options.device),
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def parse_name(name: str) -> tuple[int, int]:
         depth, width = int(match[1]), int(match[2] or 1)
         if depth >= 8 and depth % 6 == 2 and width >= 1:
             return depth // 6, width
-        blocks = max(1, round((depth - 2) / 6))
+        blocks = max(1, (depth - 2) // 6)
         suffix = f"x{width}" if match[2] and width else ""
         nearest = [f"resnet{6 * n + 2}{suffix}" for n in (blocks, blocks + 1)]
     else:
@@ -118,6 +118,10 @@ class ResNet(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        if min(images.shape[2:]) < SMALLEST_IMAGE:
+            raise ValueError(
+                f"images must be at least {SMALLEST_IMAGE} pixels wide and high, got {list(images.shape)}"
+            )
         hidden = self.batch_norm_relu(self.bn1, self.conv1(images))
         return self.linear(self.stages(hidden).mean(dim=(2, 3)))
 

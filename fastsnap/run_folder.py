@@ -27,6 +27,11 @@ import safetensors.torch
 from torch import Tensor
 
 RUNS = Path("runs")
+# What the evaluation needs of config.json.
+CONFIG_FIELDS = (
+    *("dataset", "data", "net", "shortcut", "cycles", "epochs", "batch_size", "learning_rate", "schedule"),
+    *("seed", "validation", "train_images", "precision"),
+)
 
 
 class RunError(ValueError):
@@ -92,7 +97,11 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """config.json. Raises RunError if it is missing or damaged."""
-        return self._read_json("config.json")
+        config = self._read_json("config.json")
+        missing = set(CONFIG_FIELDS) - set(config if isinstance(config, dict) else ())
+        if missing:
+            raise RunError(f"{self.path / 'config.json'} is damaged: it lacks {', '.join(sorted(missing))}")
+        return config
 
     def snapshots(self) -> list[SnapshotEntry]:
         """The manifest's entries in order; empty before the first snapshot. Raises RunError if it is damaged."""
@@ -150,24 +159,26 @@ class RunFolder:
         """Hold the folder for writing. Raises RunError if another process holds it; a killed process holds nothing."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise RunError(
                 f"cannot write to the run folder {self.path}: {error.strerror}; choose another --out"
             ) from error
-        with file:
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                file.seek(0)
+                holder = os.read(lock, 20).decode() or "unknown"
                 raise RunError(
-                    f"{self.path} is being written by process {file.read().strip() or 'unknown'}; "
+                    f"{self.path} is being written by process {holder}; "
                     "wait for it, stop it, or choose another --out"
                 ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: the number is for the message above only
+                os.truncate(lock, 0)
+                os.write(lock, str(os.getpid()).encode())
             yield
+        finally:
+            os.close(lock)
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace the JSON file `name`. Raises ValueError for NaN or infinite values, which are not JSON."""
@@ -204,12 +215,17 @@ class RunFolder:
         try:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise RunError(f"cannot save {self.path / 'metrics.jsonl'}: {error.strerror}") from error
 
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Replace the checkpoint by `tensors` and a small JSON-serialisable `state`."""
-        content = safetensors.torch.save(tensors, metadata={"state": json.dumps(state)})
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        text = json.dumps(state)
+        metadata = {"state": text, "sha256": _checkpoint_hash(tensors, text)}
+        content = safetensors.torch.save(tensors, metadata=metadata)
         write_atomically(self.path / "checkpoint.safetensors", content)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -222,9 +238,12 @@ class RunFolder:
             return None
         try:
             with safetensors.safe_open(file, framework="pt") as opened:
-                state = json.loads(opened.metadata()["state"])
-                return {name: opened.get_tensor(name) for name in opened.keys()}, state  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                text, sha256 = (opened.metadata()[name] for name in ("state", "sha256"))
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if _checkpoint_hash(tensors, text) != sha256:
+                raise ValueError("its SHA-256 is not the one that was saved with it")
+            return tensors, json.loads(text)
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{file} is damaged ({error}); remove it to train again from the start, the snapshots stay until then"
             ) from error
@@ -241,6 +260,10 @@ class RunFolder:
 
     def _write_manifest(self, entries: list[SnapshotEntry]) -> None:
         self.write_json("manifest.json", {"snapshots": [asdict(entry) for entry in entries]})
+
+
+def _checkpoint_hash(tensors: dict[str, Tensor], state: str) -> str:
+    return hashlib.sha256(safetensors.torch.save(tensors) + state.encode()).hexdigest()
 
 
 def newest_run(root: str | os.PathLike[str] = RUNS) -> RunFolder:

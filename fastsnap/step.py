@@ -48,7 +48,10 @@ class TrainStep:
         compiled: bool,
         graphed: bool,
     ) -> None:
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
+        self.forward: Callable[[Tensor], Tensor] = (
+            # Not dynamic: after a last, partial batch full ones would go through another graph, with other roundings.
+            torch.compile(network, dynamic=False) if compiled else network
+        )
         self.optimizer = optimizer
         self.device = device
         self.autocast_dtype = AUTOCAST_DTYPES.get(precision)

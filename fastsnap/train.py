@@ -29,7 +29,7 @@ from fastsnap.progress import ProgressDisplay
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.schedule import Schedule
 from fastsnap.step import TrainStep, choose_device, choose_precision
-from fastsnap.stopping import TrainingStopped
+from fastsnap.stopping import TrainingStopped, stop_signals_raised
 from fastsnap.trainer import Trainer
 
 
@@ -115,6 +115,8 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
         seed=config.seed,
     )
     with folder.locked():
+        if folder.exists():  # a process that held the lock until now may have made it
+            _require_same(config, folder)
         trainer = build_trainer(config, dataset, folder)
         _print_summary(console, config, dataset, trainer)
         if not folder.exists():
@@ -128,6 +130,7 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
             console.print(
                 f"going on after step {trainer.step:,} (epoch {epoch:,} done): {folder.path}", highlight=False
             )
+            _print_changes(console, folder.config())
         with ProgressDisplay(console, trainer.step, trainer.schedule.steps) as display:
             trainer.run(display)
     return folder, dataset
@@ -142,6 +145,19 @@ def _require_same(config: TrainConfig, folder: RunFolder) -> None:
         raise RunError(
             f"{folder.path} holds a run of another configuration ({fields}). Choose another --out (make: OUT=...), "
             "or give the same values to go on with it"
+        )
+
+
+def _print_changes(console: Console, began: dict[str, Any]) -> None:
+    """Say what differs from where the run began, if that can change the last bits of its result."""
+    then = (began.get("threads"), began.get("versions", {}).get("torch"))
+    now = (torch.get_num_threads(), torch.__version__)
+    if then != now:
+        console.print(
+            f"note: this run began with {then[0]} threads and torch {then[1]}, and goes on with {now[0]} and {now[1]}: "
+            "the snapshots can differ in their last bits from those of an uninterrupted run",
+            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -202,14 +218,12 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     keep_freed_memory()
     try:
-        config = parse_arguments(arguments)
-        folder, dataset = train(config, console)
-        report_run(folder, dataset=dataset, device=torch.device(settle(config).device), console=console)
+        with stop_signals_raised():
+            config = parse_arguments(arguments)
+            folder, dataset = train(config, console)
+            report_run(folder, dataset=dataset, device=torch.device(settle(config).device), console=console)
     except TrainingStopped as stopped:
-        console.print(
-            f"stopped by {stopped}; a checkpoint is saved. Run the same command again to go on",
-            highlight=False,
-        )
+        console.print(f"stopped by {stopped}. Run the same command again to go on", highlight=False)
         return 128 + stopped.signal_number
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ LOG_STEPS = 50  # most steps between two looks at the loss: each one waits for t
 LOG_SECONDS = 2.0  # most seconds between two looks, for slow steps
 CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epochs
 WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
-ESTIMATE_STEPS = 8  # steps of a session after which the time is estimated
+ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
 LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
 
 
@@ -72,6 +72,7 @@ class Trainer:
         self._first_step = self.step
         self._session_start = self._epoch_start = self._checkpoint_time = time.perf_counter()
         self._warm = (self.step, self._session_start)
+        self._shapes: set[tuple[int, ...]] = set()
         self._estimated = False
         self._look = Look(self.step, self._session_start)
         with stop_signals() as stop:
@@ -79,7 +80,14 @@ class Trainer:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
                     self.train_step(images, labels)
                     self.step += 1
+                    self._notice_warm_up(images.shape)
                     self._after_step(display, stop.signal_number)
+
+    def _notice_warm_up(self, shape: tuple[int, ...]) -> None:
+        """Leave the first steps, and the first of a batch size (the compiler starts again), out of the estimate."""
+        if self.step <= self._first_step + WARM_UP_STEPS or shape not in self._shapes:
+            self._warm = (self.step, time.perf_counter())
+        self._shapes.add(shape)
 
     def _after_step(self, display: ProgressDisplay, stop_signal: int | None) -> None:
         now = time.perf_counter()
@@ -88,8 +96,6 @@ class Trainer:
         checkpoint_due = bool(epoch_ended or stop_signal) or now - self._checkpoint_time >= CHECKPOINT_SECONDS
         saving = cycle_ended or checkpoint_due
         look_due = self.step - self._look.step >= LOG_STEPS or now - self._look.time >= LOG_SECONDS
-        if self.step == self._first_step + WARM_UP_STEPS:
-            self._warm = (self.step, now)
         # Nothing is saved that was not looked at: a diverged network never replaces a good checkpoint or snapshot.
         if saving or look_due:
             self._look_at_loss(display, epoch_ended=epoch_ended, saving=saving)
@@ -100,7 +106,7 @@ class Trainer:
         if checkpoint_due:
             self.save_checkpoint()
         if stop_signal and self.step < self.schedule.steps:
-            raise TrainingStopped(stop_signal)
+            raise TrainingStopped(stop_signal, "a checkpoint is saved")
 
     def _look_at_loss(self, display: ProgressDisplay, *, epoch_ended: bool, saving: bool) -> None:
         loss_sum, errors = self.train_step.totals.tolist()  # waits for the device
@@ -115,7 +121,7 @@ class Trainer:
             )
         status = self._status()
         display.show(status, epoch_ended=epoch_ended)
-        if not self._estimated and self.step - self._first_step >= ESTIMATE_STEPS:
+        if not self._estimated and self.step - self._warm[0] >= ESTIMATE_STEPS:
             self._estimated = True
             display.message(self._estimate(status))
 
@@ -136,9 +142,10 @@ class Trainer:
         )
 
     def _seconds_left(self) -> float:
-        warm_step, warm_time = self._warm
-        steps = self.step - warm_step
-        return (self._look.time - warm_time) / steps * (self.schedule.steps - self.step) if steps else 0.0
+        step, start = self._warm
+        if step == self.step:  # all that there is to go by
+            step, start = self._first_step, self._session_start
+        return (self._look.time - start) / (self.step - step) * (self.schedule.steps - self.step)
 
     def _estimate(self, status: Status) -> str:
         device = "GPU" if self.train_step.device.type == "cuda" else "CPU"

@@ -80,6 +80,19 @@ def test_json_to_a_file(tmp_path, capsys):
     capsys.readouterr()
     assert main([str(folder.path), "--json", str(tmp_path), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith(f"error: cannot write --json {tmp_path}")
+    assert main([str(folder.path), "--json", str(tmp_path / "nowhere" / "a.json"), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert "there is no folder" in err
+    assert out == ""  # said before the evaluation
+
+
+def test_a_run_that_cannot_be_written_to_still_gives_its_json(tmp_path, capsys):
+    folder = small_run(tmp_path / "run", snapshots=1)
+    (folder.path / "ensemble.json").mkdir()
+    assert main([str(folder.path), "--json", "-", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["run"] == "run"
+    assert "error: cannot save" in err
 
 
 @pytest.mark.parametrize(

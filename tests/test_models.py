@@ -78,7 +78,8 @@ def test_a_name_gives_blocks_per_stage_and_width(name: str, parsed: tuple[int, i
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("resnet18", "resnet20"),
+        ("resnet18", "resnet14, resnet20"),
+        ("resnet19", "resnet14, resnet20"),
         ("resnet2", "resnet8"),
         ("resnet20x0", "resnet20"),
         ("rensnet110", "resnet110"),
@@ -87,6 +88,11 @@ def test_a_name_gives_blocks_per_stage_and_width(name: str, parsed: tuple[int, i
 def test_unknown_nets_are_answered_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=nearest):
         build_network(name, classes=10)
+
+
+def test_images_that_are_too_small_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 8 pixels"):
+        build_network("resnet8", classes=10)(torch.zeros(2, 3, 8, 7))
 
 
 @pytest.mark.parametrize(

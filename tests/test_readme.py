@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+import safetensors.torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,9 +18,9 @@ def test_the_example_of_an_own_loop_has_at_most_15_lines_and_runs(
     assert len(example.splitlines()) <= 15
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
-    files = sorted(tmp_path.glob("*.pt"))
+    files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 4
-    states = [torch.load(file, weights_only=True) for file in files]
+    states = [safetensors.torch.load_file(file) for file in files]
     weights = [next(iter(state.values())) for state in states]
     assert all((first != second).any() for first, second in itertools.pairwise(weights))
 

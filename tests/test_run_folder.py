@@ -113,6 +113,14 @@ def test_a_damaged_checkpoint_is_named(folder: RunFolder, content: bytes) -> Non
         folder.load_checkpoint()
 
 
+def test_a_checkpoint_with_one_bit_flipped_is_not_trained_on(folder: RunFolder) -> None:
+    folder.save_checkpoint({"parameters": torch.randn(100)}, {"step": 7})
+    file = folder.path / "checkpoint.safetensors"
+    file.write_bytes(damaged(file.read_bytes()))
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged \(its SHA-256"):
+        folder.load_checkpoint()
+
+
 def test_metrics_come_back_and_a_line_cut_short_is_left_out(folder: RunFolder) -> None:
     for step in (10, 20, 30):
         folder.append_metrics({"step": step, "train_loss": 1 / step})
@@ -188,6 +196,13 @@ def test_the_newest_run_is_the_one_written_last(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run folder"):
         RunFolder(tmp_path).config()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", "{"])
+def test_a_damaged_configuration_is_named(folder: RunFolder, content: str) -> None:
+    (folder.path / "config.json").write_text(content)
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        folder.config()
 
 
 def test_json_files_hold_no_nan(folder: RunFolder) -> None:

@@ -132,7 +132,7 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(finished: Path, t
 
 
 def test_sigterm_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
-    finished: Path, tmp_path: Path
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = start(tmp_path)
     lines_of(tmp_path / "metrics.jsonl", 2, process)
@@ -143,7 +143,10 @@ def test_sigterm_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
     checkpoint = RunFolder(tmp_path).load_checkpoint()
     assert checkpoint is not None
     assert checkpoint[1]["step"] >= 2 * STEPS_PER_EPOCH
+    config = RunFolder(tmp_path).config()
+    RunFolder(tmp_path).write_json("config.json", config | {"threads": 77})
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert "note: this run began with 77 threads" in capsys.readouterr().out
     assert snapshot_bytes(tmp_path) == snapshot_bytes(finished)
 
 
@@ -295,6 +298,30 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     with RunFolder(tmp_path).locked():
         assert train.main([*SMALL, "--out", str(tmp_path)]) == 2
     assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_the_loop_is_answered_with_one_line(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: os.kill(os.getpid(), number))
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 128 + number
+    name = signal.Signals(number).name
+    assert capsys.readouterr().out == f"stopped by {name}. Run the same command again to go on\n"
+
+
+def test_a_run_that_another_process_began_meanwhile_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin_another_run(*arguments, **options):
+        config = train.settle(make_config(net="resnet8", epochs=EPOCHS, cycles=CYCLES, learning_rate=0.3))
+        dataset = load_dataset(*arguments, **options)
+        RunFolder(tmp_path).write_json("config.json", train.describe(config, dataset))
+        return dataset
+
+    monkeypatch.setattr(train, "load_dataset", begin_another_run)
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "learning_rate: 0.1 asked for, 0.3 there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main", [train.main, ensemble_eval.main])
