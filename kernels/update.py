@@ -1,7 +1,8 @@
 """The update of SGD with (Nesterov) momentum: rate, weight decay, momentum, weights; all tensors in one launch.
 
 Bytes per parameter with fp32 weights: read weight, momentum and gradient, write weight and momentum, which is
-20 with fp32 gradients and 18 with bf16; a bf16 copy of the weights adds 2, a running average 8.
+20 with fp32 gradients and 18 with bf16; a bf16 copy of the weights adds 2 (4 as master values' parameters, which are
+also read), a running average 8.
 
 This file is the contract and the reference; `update_cpu` and `update_triton` hold the two kernels.
 """
@@ -51,6 +52,8 @@ class State:
     weights    fp32 or bf16
     momentum   fp32
     copy       bf16 or None: fp32 weights rounded
+    master     whether `copy` is the network's parameters, and `weights` their values in fp32. Where somebody has
+               written another value into `copy` since the last update, the next one goes on from that value
     average    fp32 or None: running average of the weights
     clock      int64 [3]: updates done, updates in the average, programs of the running launch that have finished
     rate       fp32 [1]: learning rate of the next update
@@ -62,6 +65,7 @@ class State:
     average: Tensor | None
     clock: Tensor
     rate: Tensor
+    master: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,11 @@ class Layout:
     sizes: tuple[int, ...]
 
     def chunks(self) -> Tensor:
-        """int64 [chunks, 4]: tensor, start in the tensor, start in the flat tensors, length (at most CHUNK)."""
-        return torch.tensor(list(self._chunks()), dtype=torch.int64).view(-1, 4)
+        """int64 [chunks, 4]: tensor, start in the tensor, start in the flat tensors, length (at most CHUNK).
+
+        At least one, of length 0 if all tensors are empty: a launch needs a program, which then turns the clock.
+        """
+        return torch.tensor(list(self._chunks()) or [(0, 0, 0, 0)], dtype=torch.int64)
 
     def _chunks(self) -> Iterator[tuple[int, int, int, int]]:
         for tensor, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
@@ -93,7 +100,23 @@ def new_state(data: Tensor, bf16_copy: bool, master: bool, average_decay: float 
         average=None if average_decay is None else torch.zeros_like(data, dtype=torch.float32),
         clock=torch.zeros(3, dtype=torch.int64, device=data.device),
         rate=torch.zeros(1, device=data.device),
+        master=rounded and master,
     )
+
+
+def take_over_parameters(state: State) -> None:
+    """With master values: go on from the parameters where they no longer are the master values rounded."""
+    if state.master and state.copy is not None:
+        unchanged = state.weights.bfloat16() == state.copy
+        state.weights.copy_(torch.where(unchanged, state.weights, state.copy.float()))
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device` is being captured into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def reference_update(
@@ -115,6 +138,7 @@ def reference_update(
                 the schedule goes on (both are torch.amp.GradScaler's)
     """
     if found_inf is None or not found_inf.item():
+        take_over_parameters(state)
         inverse_scale = 1.0 if scale is None else 1.0 / scale.item()
         for offset, gradient, decay in zip(layout.offsets, gradients, decays, strict=True):
             if gradient is not None:

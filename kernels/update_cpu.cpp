@@ -44,6 +44,15 @@ STEP_CHUNK(BFloat16, float)
 STEP_CHUNK(BFloat16, BFloat16)
 STEP_CHUNK(BFloat16, Float16)
 
+// Parameters that somebody else has written, so that they no longer are the master values rounded, count.
+CLONES void take_over_chunk(const BFloat16* __restrict parameters, float* __restrict masters, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) {
+        BFloat16 rounded;
+        store(rounded, masters[i]);
+        masters[i] = rounded.bits == parameters[i].bits ? masters[i] : load(parameters[i]);
+    }
+}
+
 CLONES void round_chunk(const float* __restrict weights, BFloat16* __restrict copy, int64_t length) {
     for (int64_t i = 0; i < length; ++i) store(copy[i], weights[i]);
 }
@@ -77,7 +86,7 @@ struct Update {  // the same layout as UpdateArguments in update_cpu.py; copy, a
     const float* scale;
     const float* found_inf;
     Type weight_type, gradient_type;
-    int64_t nesterov, threads;
+    int64_t nesterov, master, threads;
     double momentum_coefficient, average_decay;
 };
 
@@ -87,6 +96,8 @@ template <typename Weight, typename Gradient>
 void update_chunk(const Update& update, const Chunk& chunk, const Step& numbers) {
     Weight* weights = static_cast<Weight*>(update.weights) + chunk.flat;
     const int64_t address = update.addresses[chunk.tensor];
+    if constexpr (sizeof(Weight) == sizeof(float))
+        if (update.master != 0) take_over_chunk(update.copy + chunk.flat, weights, chunk.length);
     if (address != 0)
         step(weights, update.momentum + chunk.flat, reinterpret_cast<const Gradient*>(address) + chunk.begin,
              chunk.length, update.decays[chunk.tensor], numbers);
@@ -120,7 +131,7 @@ extern "C" int64_t fastsnap_update(const Update* arguments) {
     update.clock[0] += 1;
     if (update.found_inf != nullptr && *update.found_inf != 0) return update.clock[0];
     double share = 0;
-    if (update.mean != nullptr) {
+    if (update.average_decay != 0) {  // then mean is null only if all tensors are empty
         update.clock[1] += 1;
         share = 1.0 / static_cast<double>(update.clock[1]);
         if (share < 1 - update.average_decay) share = 1 - update.average_decay;

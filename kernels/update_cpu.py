@@ -20,7 +20,7 @@ class UpdateArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("chunks", "chunk_count", "addresses", "decays")),
         *((name, ctypes.c_int64) for name in ("weights", "momentum", "copy", "average", "clock", "rate")),
         *((name, ctypes.c_int64) for name in ("scale", "found_inf", "weight_type", "gradient_type")),
-        *((name, ctypes.c_int64) for name in ("nesterov", "threads")),
+        *((name, ctypes.c_int64) for name in ("nesterov", "master", "threads")),
         *((name, ctypes.c_double) for name in ("momentum_coefficient", "average_decay")),
     )
 
@@ -50,6 +50,7 @@ class CpuUpdate:
             rate=state.rate.data_ptr(),
             weight_type=TYPES[state.weights.dtype],
             nesterov=rule.nesterov,
+            master=state.master,
             momentum_coefficient=rule.momentum,
             average_decay=rule.average_decay or 0.0,
         )

@@ -1,13 +1,15 @@
 """The update on a GPU: one Triton launch for all tensors, one program for each chunk of at most CHUNK elements."""
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .update import STEP_DECAY, Layout, Rule, State
+from .update import STEP_DECAY, Layout, Rule, State, capturing
 
 BLOCK = 1024  # elements that a program handles at a time
 WARPS = 8
@@ -33,7 +35,8 @@ def next_rate(step, steps, cycles, learning_rate, STEP_SCHEDULE: tl.constexpr, D
     """Learning rate of update `step` (int64): `Schedule.rate` in fp32."""
     if STEP_SCHEDULE:
         rate = tl.where(2 * step >= steps, learning_rate * DECAY, learning_rate)
-        return tl.where(4 * step >= 3 * steps, learning_rate * DECAY * DECAY, rate)
+        # 4 * step >= 3 * steps, without a product of `steps`, which is 32 bits wide.
+        return tl.where(4 * (step - steps) >= -steps, learning_rate * DECAY * DECAY, rate)
     cycle = ((step + 1) * cycles - 1) // steps
     start, end = cycle * steps // cycles, (cycle + 1) * steps // cycles
     # a0 * sin^2(pi/2 * share that is left): the cosine form would cancel near the end of a cycle.
@@ -58,12 +61,13 @@ def update_kernel(
     cycles,
     learning_rate,
     momentum_coefficient,
-    average_decay,
+    average_decay,  # how much of the average decays: 1 - rule.average_decay, which fp32 could not compute exactly
     GRADIENT: tl.constexpr,
     NESTEROV: tl.constexpr,
     STEP_SCHEDULE: tl.constexpr,
     DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
+    MASTER: tl.constexpr,  # `copy` holds the parameters, `weights` their values in fp32
 ):
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + 4 * program)
@@ -84,6 +88,11 @@ def update_kernel(
             index = first + tl.arange(0, BLOCK)
             inside = index < padded
             weight = tl.load(weights + flat + index, mask=inside, other=0.0).to(tl.float32)
+            if (
+                MASTER
+            ):  # a parameter that no longer is its master value rounded was written by others: it counts
+                parameter = tl.load(copy + flat + index, mask=inside, other=0.0).to(tl.float32)
+                weight = tl.where(weight.to(tl.bfloat16).to(tl.float32) == parameter, weight, parameter)
             if address != 0:
                 if whole:
                     g = tl.load(tl.multiple_of(gradient, 16) + index, mask=inside, other=0.0).to(tl.float32)
@@ -93,13 +102,16 @@ def update_kernel(
                 direction = tl.fma(weight, decay, g * inverse_scale)
                 velocity = tl.fma(velocity, momentum_coefficient, direction)
                 move = tl.fma(velocity, momentum_coefficient, direction) if NESTEROV else velocity
-                weight = tl.fma(move, -now, weight)
+                stored = tl.fma(move, -now, weight).to(weights.dtype.element_ty)
                 tl.store(momentum + flat + index, velocity, mask=inside)
-                tl.store(weights + flat + index, weight.to(weights.dtype.element_ty), mask=inside)
+                tl.store(weights + flat + index, stored, mask=inside)
+                weight = stored.to(tl.float32)
+            elif MASTER:
+                tl.store(weights + flat + index, weight, mask=inside)
             if copy is not None:
                 tl.store(copy + flat + index, weight.to(tl.bfloat16), mask=inside)
             if average is not None:
-                share = tl.maximum(1.0 / (tl.load(clock + 1) + 1).to(tl.float32), 1.0 - average_decay)
+                share = tl.maximum(1.0 / (tl.load(clock + 1) + 1).to(tl.float32), average_decay)
                 mean = tl.load(average + flat + index, mask=inside, other=0.0)
                 tl.store(average + flat + index, tl.fma(weight - mean, share, mean), mask=inside)
     # The last program to finish turns the clock. All its warps, and all other programs, have read it by then.
@@ -122,6 +134,8 @@ class TritonUpdate:
     PyTorch's allocator does not give out again before the copy is done. A captured copy is repeated by every replay,
     so each capture gets a table and pinned memory of its own, which nobody else writes to and which live as long as
     this object. They are set aside beforehand, because pinned memory cannot be allocated during a capture.
+    (The replays' copies, 8 bytes per tensor, are the price of safety: a copy beside the capture would have to be done
+    before the first replay, on whatever stream that runs, and a capture can wait for nothing outside of itself.)
     """
 
     def __init__(self, state: State, rule: Rule, layout: Layout, decays: Tensor) -> None:
@@ -143,8 +157,15 @@ class TritonUpdate:
     ) -> Tensor:
         """Update from dense gradients, one per tensor or None, all of `gradient_dtype`; returns the next rate."""
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        capturing = self._state.weights.is_cuda and torch.cuda.is_current_stream_capturing()
-        table = self._captured_table(addresses) if capturing else self._current_table(addresses)
+        device = self._state.weights.device
+        # Triton launches on the current device, which need not be the one of the parameters.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            captured = capturing(device)
+            table = self._captured_table(addresses) if captured else self._current_table(addresses)
+            self._launch(table, DTYPES[gradient_dtype], scale, found_inf)
+        return self._state.rate[0]
+
+    def _launch(self, table: Tensor, gradient: Any, scale: Tensor | None, found_inf: Tensor | None) -> None:
         state, rule = self._state, self._rule
         update_kernel[(len(self._chunks),)](
             self._chunks,
@@ -162,15 +183,15 @@ class TritonUpdate:
             rule.cycles,
             rule.learning_rate,
             rule.momentum,
-            rule.average_decay or 0.0,
-            GRADIENT=DTYPES[gradient_dtype],
+            1.0 - (rule.average_decay or 0.0),
+            GRADIENT=gradient,
             NESTEROV=rule.nesterov,
             STEP_SCHEDULE=rule.kind == "step",
             DECAY=STEP_DECAY,
             BLOCK=BLOCK,
+            MASTER=state.master,
             num_warps=WARPS,
         )
-        return state.rate[0]
 
     def _current_table(self, addresses: list[int]) -> Tensor:
         if self._table.is_cuda:

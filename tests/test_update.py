@@ -26,7 +26,7 @@ PLAIN = Case(
 RULE = Rule("snapshot", 20, 3, 0.3, 0.9, True)
 
 
-@given(cases(largest=10_000))
+@given(cases(largest=10_000, masters=True))
 def test_agrees_with_the_reference(case):
     check_against_reference(
         case, lambda state, rule, layout, decays: CpuUpdate(state, rule, layout, decays, case.schedule.rate)
@@ -85,6 +85,23 @@ def test_bf16_copy_rounds_as_torch_does_and_keeps_nan():
     torch.testing.assert_close(state.copy, state.weights.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_parameters_written_by_others_count_and_the_rest_keep_their_master_values():
+    case = dataclasses.replace(PLAIN, weights=torch.bfloat16, master=True)
+    layout = layout_of((64,))
+    state = state_of(case, layout)
+    rule = dataclasses.replace(RULE, momentum=0.0, nesterov=False)
+    update = CpuUpdate(state, rule, layout, torch.zeros(2), lambda step: 1.0)
+    update([torch.full((64,), 1e-5), None], torch.float32)  # less than bf16 resolves
+    before = state.weights.clone()
+    state.copy[:3] = torch.tensor([5.0, torch.nan, -torch.inf])
+    update([None, None], torch.float32)
+    torch.testing.assert_close(
+        state.weights[:3], torch.tensor([5.0, torch.nan, -torch.inf]), equal_nan=True, rtol=0, atol=0
+    )
+    assert torch.equal(state.weights[3:], before[3:])
+    assert not torch.equal(state.weights[3:], state.copy[3:].float())
+
+
 def test_chunks_cover_every_element_once():
     layout = Layout((0, 16, 16 + 3 * CHUNK), (7, 2 * CHUNK + 1, 0))
     assert layout.chunks().tolist() == [
@@ -93,3 +110,4 @@ def test_chunks_cover_every_element_once():
         [1, CHUNK, 16 + CHUNK, CHUNK],
         [1, 2 * CHUNK, 16 + 2 * CHUNK, 1],
     ]
+    assert Layout((0, 0), (0, 0)).chunks().tolist() == [[0, 0, 0, 0]]
