@@ -27,7 +27,8 @@ class FlatParameters:
     data        fp32 or bf16 [numel, padded]; the gaps between parameters are zero and stay zero
     names, parameters, offsets, strides
                 one entry per parameter, in the order given; offsets in elements, multiples of ALIGNMENT
-    Convolution weights (4 dimensions) become channels-last, everything else row-major. Existing gradients stay.
+    Dense parameters keep their strides, which DistributedDataParallel may already have built on: for channels-last
+    storage, make the network channels-last before. Others become row-major. Existing gradients stay.
     Raises ValueError for parameters of several or other dtypes, of several devices, and for none at all.
     """
 
@@ -47,7 +48,11 @@ class FlatParameters:
             self.offsets.append(numel)
             numel += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         first = self.parameters[0]
-        self.strides = [_strides(parameter.shape) for parameter in self.parameters]
+        self.strides = [torch.empty_like(parameter, device="meta").stride() for parameter in self.parameters]
+        self._shapes = [parameter.shape for parameter in self.parameters]
+        self._usual_strides = (
+            self.strides
+        )  # of the gradients; dimensions of size 1 may differ from the parameters'
         self.data = torch.zeros(numel, dtype=first.dtype, device=first.device if device is None else device)
         views = self.views(self.data)
         self._addresses = [view.data_ptr() for view in views]
@@ -69,59 +74,66 @@ class FlatParameters:
         """Starts and sizes of the parameters, as the update kernels take them."""
         return Layout(tuple(self.offsets), tuple(parameter.numel() for parameter in self.parameters))
 
-    def attached(self) -> bool:
-        """Whether every parameter still is a view of `data`: net.to(...) and `parameter.data = ...` end it."""
-        return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
-
-    def ends_attached(self) -> bool:
-        """`attached` for the first and the last parameter: cheap, and what moves a network moves all of it."""
-        return all(self.parameters[end].data_ptr() == self._addresses[end] for end in (0, -1))
+    def detached(self) -> list[str]:
+        """Names of the parameters that no longer are views of `data`: net.to(...) and `parameter.data = ...` do it."""
+        addresses = list(map(Tensor.data_ptr, self.parameters))
+        if addresses == self._addresses:
+            return []
+        return [self.names[i] for i, address in enumerate(addresses) if address != self._addresses[i]]
 
     def gradients(self) -> tuple[list[Tensor | None], torch.dtype]:
         """The gradients, dense and in the memory order of `data`, and their dtype; None where there is none.
 
-        A gradient of other strides is copied. Raises ValueError naming the parameter for one that is sparse, on
-        another device or neither fp32, bf16 nor fp16, and for several dtypes.
+        A gradient of other strides, or whose sign is still to be turned (torch.imag of a conjugate), is copied.
+        Raises ValueError naming the parameter for one that is sparse, of another shape, on another device or neither
+        fp32, bf16 nor fp16, and for several dtypes.
         """
         gradients = [parameter.grad for parameter in self.parameters]
-        if not self._usual(gradients):
-            for i, gradient in enumerate(gradients):
-                gradients[i] = None if gradient is None else self._usable(i, gradient)
         dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
+        if not (dtypes <= GRADIENT_DTYPES and self._usual(gradients)):
+            found = gradients
+            gradients = [None if g is None else self._usable(i, g) for i, g in enumerate(found)]
+            as_found = all(g is not None and g is other for g, other in zip(gradients, found, strict=True))
+            if as_found:
+                self._usual_strides = [gradient.stride() for gradient in gradients if gradient is not None]
         if len(dtypes) > 1:
             raise ValueError(f"gradients must be of one dtype, got {sorted(map(str, dtypes))}")
         return gradients, dtypes.pop() if dtypes else torch.float32
 
     def _usual(self, gradients: list[Any]) -> bool:
-        """Whether all are as autograd leaves them; in comprehensions, since this runs at every step."""
+        """Whether all are as autograd leaves them, dtypes aside; in whole passes, since this runs at every step."""
         try:
-            strides = [gradient.stride() for gradient in gradients]
-        except (AttributeError, RuntimeError):  # None, or sparse
+            strides = list(map(Tensor.stride, gradients))
+        except (TypeError, RuntimeError):  # None, or sparse
             return False
         return (
-            strides == self.strides
-            and {gradient.dtype for gradient in gradients} <= GRADIENT_DTYPES
-            and {gradient.get_device() for gradient in gradients} == {self.data.get_device()}
+            strides == self._usual_strides
+            and [gradient.shape for gradient in gradients] == self._shapes
+            and set(map(Tensor.get_device, gradients)) == {self.data.get_device()}
+            and not any(map(Tensor.is_neg, gradients))
         )
 
     def _usable(self, index: int, gradient: Tensor) -> Tensor:
-        device, shape = self.data.device, self.parameters[index].shape
+        device, shape = self.data.device, self._shapes[index]
         if gradient.layout is not torch.strided or gradient.dtype not in GRADIENT_DTYPES:
             wanted, got = "dense float32, bfloat16 or float16", f"{gradient.layout} {gradient.dtype}"
         elif gradient.device != device or gradient.shape != shape:
             wanted, got = f"{list(shape)} on {device}", f"{list(gradient.shape)} on {gradient.device}"
         else:
             strides = self.strides[index]
-            if gradient.stride() == strides:
-                return gradient
+            if self.parameters[index].stride() != strides:
+                raise ValueError(
+                    f"parameter {self.names[index]} must keep its strides {strides}: transpose a copy"
+                )
+            if _same_order(shape, gradient.stride(), strides):
+                return gradient.resolve_neg()
             return torch.empty_strided(shape, strides, dtype=gradient.dtype, device=device).copy_(gradient)
         raise ValueError(f"the gradient of parameter {self.names[index]} must be {wanted}, got {got}")
 
 
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Strides of a dense tensor of `shape`: channels-last for 4 dimensions, else row-major."""
-    memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return torch.empty(shape, device="meta", memory_format=memory_format).stride()
+def _same_order(shape: torch.Size, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether strides `one` and `other` put the elements in one order: those of dimensions of size 1 do not matter."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, one, other, strict=True))
 
 
 def _require_one_kind(names: list[str], parameters: list[nn.Parameter]) -> None:

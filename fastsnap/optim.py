@@ -1,6 +1,5 @@
 """SnapshotSGD: SGD with Nesterov momentum that knows its schedule and updates all tensors in one launch."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from fastsnap.flat import FlatParameters
-from fastsnap.kernels.update import Rule, new_state
+from fastsnap.kernels.update import Rule, capturing, new_state, take_over_parameters
+from fastsnap.optim_checks import (
+    check_attached,
+    check_decay,
+    check_flat,
+    check_groups,
+    check_new_group,
+    check_saved,
+)
 from fastsnap.schedule import Schedule
 
 
@@ -19,10 +26,11 @@ class SnapshotSGD(torch.optim.Optimizer):
                    a group may carry its own "weight_decay" (0 for biases and BatchNorm), which costs nothing
     schedule       the learning rate as a function of the number of updates done
     momentum       at least 0, below 1; weight_decay: at least 0, times the weight, is added to the gradient
-    flat           storage whose views the parameters already are; default: made here, and convolution weights become
-                   channels-last then (safetensors wants them .contiguous())
-    bf16_copy      fp32 parameters: also keep the weights rounded to bf16, in `copy`
-    master         bf16 parameters: keep the values in fp32, in `weights`; the parameters are those rounded
+    flat           storage whose views the parameters already are; default: made here, in the memory layout that the
+                   parameters have: make a network channels-last before
+    bf16_copy      fp32 parameters: also keep the weights rounded to bf16, in `copy`, as of the last update or seek()
+    master         bf16 parameters: keep the values in fp32, in `weights`; the parameters are those rounded. What
+                   somebody writes into the parameters (net.load_state_dict) counts from the next update on
     average_decay  keep a running average of the weights in `average`: 1 is their mean (SWA), below 1 exponential
                    (EMA, a plain mean until 1 / (1 - average_decay) updates are in it)
 
@@ -32,7 +40,7 @@ class SnapshotSGD(torch.optim.Optimizer):
     `param_groups[i]["lr"]` shows the rate of the next update (on CUDA a tensor that the kernel writes: reading it
     waits for the device). The rate is computed in the update, so setting it, or attaching a torch lr_scheduler, is
     an error. A parameter without a gradient is left as it is. An update that GradScaler skips advances the schedule.
-    To capture step() in a CUDA graph, call it at least once before.
+    To capture step() in a CUDA graph, call it at least once before, and after setting a weight_decay.
     Raises ValueError for values out of range, and naming the parameter for gradients that cannot be used.
     """
 
@@ -65,10 +73,10 @@ class SnapshotSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": schedule.rate(0), "weight_decay": weight_decay, **self._fixed})
         named = self._named_parameters()
         self.flat = FlatParameters(named) if flat is None else flat
-        _check_flat(self.flat, named)
+        check_flat(self.flat, named)
         self._state = new_state(self.flat.data, bf16_copy, master, average_decay)
         self._decays = torch.zeros(len(self.flat.parameters), device=self.flat.data.device)
-        self._decay_values: list[float] = []
+        self._set_decays()
         self.backend = _backend(self.flat.data.device)
         self._update = self._bind()
         self._per_parameter = self._state_per_parameter()
@@ -128,7 +136,10 @@ class SnapshotSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_groups()
+        check_attached(self.flat)
+        check_groups(self.param_groups, self._shown_rate, self._fixed)
+        if [group["weight_decay"] for group in self.param_groups] != self._decay_values:
+            self._set_decays()
         gradients, gradient_dtype = self.flat.gradients()
         self._show_rate(
             self._update(
@@ -140,26 +151,15 @@ class SnapshotSGD(torch.optim.Optimizer):
         )
         return loss
 
-    def _check_groups(self) -> None:
-        """Refuse what would be ignored without a word; take over changed weight decays."""
-        if not self.flat.ends_attached():
-            raise ValueError(
-                "the parameters no longer are views of flat.data: move or convert the network before the optimizer "
-                "is made, and write values with copy_() instead of assigning parameter.data"
-            )
+    def _set_decays(self) -> None:
+        """Take over the groups' weight decays, which the update reads on the device."""
         for group in self.param_groups:
-            if "initial_lr" in group or group["lr"] is not self._shown_rate:
-                raise ValueError(
-                    "the learning rate comes from the schedule in the update: remove the lr_scheduler, and do not "
-                    "set param_groups[i]['lr']"
-                )
-            if any(group[name] != value for name, value in self._fixed.items()):
-                raise ValueError(f"{self._fixed} are fixed, only weight_decay may differ between groups")
-        decays = [group["weight_decay"] for group in self.param_groups]
-        if decays != self._decay_values:
-            of_parameter = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
-            self._decays.copy_(torch.tensor([of_parameter[p] for p in self.flat.parameters]))
-            self._decay_values = decays
+            check_decay(group["weight_decay"])
+        if capturing(self._decays.device):
+            raise RuntimeError("weight_decay has changed: call step() once outside of the CUDA graph capture")
+        of_parameter = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
+        self._decays.copy_(torch.tensor([of_parameter[p] for p in self.flat.parameters]))
+        self._decay_values = [group["weight_decay"] for group in self.param_groups]
 
     def _show_rate(self, rate: float | Tensor) -> None:
         self._shown_rate = rate
@@ -184,48 +184,37 @@ class SnapshotSGD(torch.optim.Optimizer):
             raise ValueError(
                 "add_param_group: the flat storage is fixed; give all groups to a new SnapshotSGD"
             )
-        for name, value in self._fixed.items():
-            if param_group.get(name, value) != value:
-                raise ValueError(
-                    f"a group may only carry its own weight_decay, got {name}={param_group[name]}"
-                )
-        _check_decay(param_group.get("weight_decay", self.defaults["weight_decay"]))
+        check_new_group(param_group, self.defaults)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.SGD's, and "updates" and "averaged", the numbers of updates done and in the average."""
+        take_over_parameters(self._state)
         updates, averaged, _ = self._state.clock.tolist()
         return super().state_dict() | {"updates": updates, "averaged": averaged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken, with the schedule of this optimizer."""
-        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
-        self.state.clear()  # super() has put copies there, cast to the type of the parameters
-        self.state.update(self._per_parameter)
+        """Go on exactly where `state_dict` was taken, with the schedule of this optimizer.
+
+        With master values this restores the parameters too. Raises ValueError, and changes nothing, for a state of
+        another optimizer, momentum, network or choice of average_decay and master.
+        """
+        names = [name for name, _ in self._named_parameters()]
+        check_saved(state_dict, self.param_groups, self._per_parameter, names, self._fixed)
+        super().load_state_dict(state_dict | {"state": {}})
         saved = [state_dict["state"][i] for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
+        self.state.update(self._per_parameter)
         with torch.no_grad():
             for parameter, tensors in zip(parameters, saved, strict=True):
                 for name, view in self._per_parameter[parameter].items():
                     view.copy_(tensors[name])
+        self._set_decays()
         self.seek(state_dict["updates"], state_dict["averaged"])
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "SnapshotSGD shares its memory with the network and cannot be copied: use state_dict()"
-        )
-
-
-def _check_decay(weight_decay: float) -> None:
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be finite and at least 0, got {weight_decay}")
-
-
-def _check_flat(flat: FlatParameters, named: list[tuple[str, nn.Parameter]]) -> None:
-    missing = [name for name, parameter in named if parameter not in set(flat.parameters)]
-    if missing or len(named) != len(flat.parameters) or not flat.attached():
-        raise ValueError(
-            f"flat must hold exactly the parameters given, attached; not in it: {missing or 'none'}"
         )
 
 

@@ -42,11 +42,45 @@ def train_step(net, optimizer, images, scaler=None):
 
 
 @settings(max_examples=30)
-@given(update_cases(largest=100_000))
+@given(update_cases(largest=100_000, masters=True))
 def test_update_agrees_with_the_reference(case):
     from fastsnap.kernels.update_triton import TritonUpdate
 
     check_against_reference(case, TritonUpdate, device="cuda")
+
+
+def test_the_share_of_the_average_keeps_its_digits():
+    parameter = nn.Parameter(torch.ones(100, device="cuda"))
+    optimizer = SnapshotSGD([parameter], SCHEDULE, average_decay=0.99999)
+    optimizer.seek(10**6, averaged=10**6)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.average[:100], torch.full_like(parameter, 1e-5), rtol=1e-6, atol=0)
+
+
+def test_parameters_on_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    parameter = nn.Parameter(torch.ones(100, device="cuda:1"))
+    optimizer = SnapshotSGD([parameter], SCHEDULE, momentum=0, nesterov=False, weight_decay=0)
+    parameter.grad = torch.ones_like(parameter)
+    with torch.cuda.device(0):
+        optimizer.step()
+    torch.testing.assert_close(parameter, torch.full_like(parameter, 1 - SCHEDULE.rate(0)))
+
+
+def test_weights_loaded_between_replays_count_although_there_are_master_values():
+    net = network().bfloat16()
+    optimizer = SnapshotSGD(net.named_parameters(), SCHEDULE, weight_decay=0)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    loaded = {name: torch.randn_like(tensor) for name, tensor in net.state_dict().items()}
+    net.load_state_dict(loaded)
+    graph.replay()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in net.state_dict().items())
 
 
 @settings(max_examples=30)
@@ -129,6 +163,22 @@ def test_capture_without_an_update_before_is_refused():
         pytest.raises(RuntimeError, match="once outside of the capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_weight_decay_changed_right_before_a_capture_is_refused():
+    net = network()
+    optimizer = SnapshotSGD(net.named_parameters(), SCHEDULE)
+    optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    with (
+        pytest.raises(RuntimeError, match="weight_decay has changed"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    optimizer.step()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
 
 

@@ -160,6 +160,49 @@ def test_bf16_parameters_follow_fp32_master_values():
     assert torch.equal(parameter.detach(), optimizer.weights[:8].bfloat16())
 
 
+@pytest.mark.parametrize("write", ["load_state_dict", "data.copy_", "flat.data"])
+def test_what_is_written_into_bf16_parameters_is_trained_on(write):
+    net = nn.Linear(30, 10).bfloat16()
+    loaded = {name: torch.randn_like(tensor) for name, tensor in net.state_dict().items()}
+    optimizer = SnapshotSGD(net.named_parameters(), SCHEDULE, weight_decay=0)
+    give_gradients(net, 1.0)
+    optimizer.step()
+    if write == "load_state_dict":
+        net.load_state_dict(loaded)
+    elif write == "data.copy_":
+        for name, parameter in net.named_parameters():
+            parameter.data.copy_(loaded[name])
+    else:
+        for view, tensor in zip(optimizer.flat.views(optimizer.flat.data), loaded.values(), strict=True):
+            view.copy_(tensor)
+    saved = optimizer.state_dict()
+    for index, tensor in enumerate(loaded.values()):
+        assert torch.equal(saved["state"][index]["master"], tensor.float())
+    give_gradients(net, 0.0)
+    optimizer.step()
+    for name, parameter in net.named_parameters():
+        step = SCHEDULE.rate(1) * 0.9 * 0.9  # what is left of the first gradient in Nesterov's momentum
+        torch.testing.assert_close(parameter, loaded[name] - step, rtol=2**-8, atol=1e-3)
+
+
+def give_gradients(net: nn.Module, value: float) -> None:
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+def test_seek_makes_the_copy_follow_the_weights():
+    net = network()
+    optimizer = SnapshotSGD(net.parameters(), SCHEDULE, bf16_copy=True)
+    net.load_state_dict(network(seed=1).state_dict())
+    optimizer.seek(3)
+    assert torch.equal(optimizer.copy, optimizer.flat.data.bfloat16())
+    rounded = nn.Linear(30, 10).bfloat16()
+    with_masters = SnapshotSGD(rounded.parameters(), SCHEDULE)
+    with_masters.weights.copy_(torch.randn_like(with_masters.weights))
+    with_masters.seek(3)
+    assert torch.equal(with_masters.flat.data, with_masters.weights.bfloat16())
+
+
 def test_parameters_without_gradient_stay_as_torch_leaves_them():
     ours, theirs = network(), network()
     optimizer = SnapshotSGD(ours.parameters(), SCHEDULE)
@@ -206,18 +249,3 @@ def test_clipping_closure_and_zero_grad():
     assert (optimizer.flat.data - before).norm().item() == pytest.approx(SCHEDULE.rate(0) * 1e-3, rel=1e-3)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in net.parameters())
-
-
-def test_distributed_data_parallel(tmp_path):
-    plain, net = network(), network()
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        optimizer = SnapshotSGD(net.parameters(), SCHEDULE)
-        parallel = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-        train(parallel, optimizer, 3)
-    finally:
-        torch.distributed.destroy_process_group()
-    train(plain, SnapshotSGD(plain.parameters(), SCHEDULE), 3)
-    assert equal(plain, net)
