@@ -91,11 +91,8 @@ class FlatParameters:
         gradients = [parameter.grad for parameter in self.parameters]
         dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
         if not (dtypes <= GRADIENT_DTYPES and self._usual(gradients)):
-            found = gradients
-            gradients = [None if g is None else self._usable(i, g) for i, g in enumerate(found)]
-            as_found = all(g is not None and g is other for g, other in zip(gradients, found, strict=True))
-            if as_found:
-                self._usual_strides = [gradient.stride() for gradient in gradients if gradient is not None]
+            gradients = [None if g is None else self._usable(i, g) for i, g in enumerate(gradients)]
+            self._usual_strides = [gradient.stride() for gradient in gradients if gradient is not None]
         if len(dtypes) > 1:
             raise ValueError(f"gradients must be of one dtype, got {sorted(map(str, dtypes))}")
         return gradients, dtypes.pop() if dtypes else torch.float32
