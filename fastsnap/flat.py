@@ -28,7 +28,7 @@ class FlatParameters:
     names, parameters, offsets, strides
                 one entry per parameter, in the order given; offsets in elements, multiples of ALIGNMENT
     Dense parameters keep their strides, which DistributedDataParallel may already have built on: for channels-last
-    storage, make the network channels-last before. Others become row-major. Existing gradients stay.
+    storage, make the network channels-last before. Others become dense. Existing gradients stay.
     Raises ValueError for parameters of several or other dtypes, of several devices, and for none at all.
     """
 

@@ -70,7 +70,7 @@ def test_copies_and_pickles_of_the_network_are_whole_and_independent():
     assert flat.detached() == []
 
 
-def test_dense_parameters_keep_their_strides_and_others_become_row_major():
+def test_dense_parameters_keep_their_strides_and_others_become_dense():
     channels_last = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
     transposed = nn.Parameter(torch.randn(3, 5).t())
     with_gaps = nn.Parameter(torch.randn(6, 6)[::2, ::3])
