@@ -1,7 +1,8 @@
 """Averaging the members of an ensemble: what every metric needs, for every number of members, in one pass.
 
-The softmax outputs of the members are added one after the other; after each, the average is reduced per sample at
-once, so that [M, N, C] probabilities are never written. Floor: each logit is read once.
+The softmax outputs of the members join the average one after the other; after each, it is reduced per sample at
+once, so that [M, N, C] probabilities are never written. Floor: each logit is read once. The temperature divides a
+logit's distance from the largest of its row, not the logit, whose rounding would be as large as the logits are.
 
 This file is the contract, the reference and the choice of the kernel (`averaging_cpu`, `averaging_triton`).
 """
@@ -9,6 +10,7 @@ This file is the contract, the reference and the choice of the kernel (`averagin
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -26,6 +28,8 @@ PER_SAMPLE = {
     "disagreement": torch.int32,
 }
 OF_LABEL = ("label_log_probability", "label_rank")
+LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FP32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class EnsembleStatistics:
 
     prediction             int64 [M, N], the most probable class, ties go to the smallest
     confidence             float32 [M, N], its probability
-    label_log_probability  float32 [M, N], finite however improbable the label is; None without labels
+    label_log_probability  float32 [M, N], finite however improbable the label is (at least -3.4e38); None
+                           without labels
     label_rank             int32 [M, N], number of classes before the label, ties go to the smallest class; None
                            without labels
     sum_of_squares         float32 [M, N], of the probabilities
@@ -71,67 +76,115 @@ def average_members(
 ) -> EnsembleStatistics:
     """Statistics of the ensembles of m = 1..M members, in fp32.
 
-    logits         [M, N, C], any float type and strides
+    logits         [M, N, C] fp32, bf16, fp16 or fp64, of any strides; finite in fp32
     labels         integers [N] in 0..C-1, or None
     order          "last": the ensemble of m is the last m members; "first": the first m
     weights        [M] finite and > 0, one per member, normalised over the m members; default: equal
-    temperature    finite and > 0, divides the logits
+    temperature    divides the logits; 1.2e-38 to 3.4e38, the normal numbers of fp32
     probabilities  also return the averaged probabilities of all M members
 
-    Raises ValueError for wrong shapes, types and values, and for NaN or infinite logits, naming the members.
+    Raises ValueError for wrong shapes, types, devices and values, and for NaN or infinite logits, naming the members.
     """
-    _check(logits, labels, order, temperature)
+    _check_logits(logits)
+    if order not in ("last", "first"):
+        raise ValueError(f'order must be "last" or "first", got {order!r}')
+    labels_N = None if labels is None else _checked_labels(labels, logits)
+    temperature = _checked_temperature(temperature)
     members = len(logits)
     joining = list(range(members)) if order == "first" else list(range(members - 1, -1, -1))
     weights_M = _checked_weights(weights, members)
+    in_order = [weights_M[member] for member in joining]
     if logits.is_cuda:
         from .averaging_triton import triton_averaging as averaging
     else:
         from .averaging_cpu import cpu_averaging as averaging
-    in_order = [weights_M[member] for member in joining]
-    statistics, invalid_M = averaging(logits, labels, joining, in_order, temperature, probabilities)
+    statistics, invalid_M = averaging(
+        logits.detach().resolve_neg(), labels_N, joining, in_order, temperature, probabilities
+    )
     _require_finite(dict(zip(joining, invalid_M.tolist(), strict=True)), logits.shape[1])
     return statistics
 
 
-def _check(logits: Tensor, labels: Tensor | None, order: str, temperature: float) -> None:
+def _check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"logits must be one tensor, got {type(logits).__name__}: torch.stack the members")
+    if logits.device.type not in ("cpu", "cuda") or logits.layout != torch.strided:
+        raise ValueError(
+            f"logits must be strided on cpu or cuda, got {logits.layout} on {logits.device}: "
+            "convert with to_dense() or cpu()"
+        )
     shape = list(logits.shape)
-    if not logits.is_floating_point() or len(shape) != 3 or shape[0] < 1 or shape[2] < 2:
+    if logits.dtype not in LOGIT_TYPES or len(shape) != 3 or shape[0] < 1 or not 2 <= shape[2] <= 2**30:
         raise ValueError(
-            f"logits must be floats [members >= 1, samples, classes >= 2], got {logits.dtype} {shape}"
+            "logits must be floats of 16, 32 or 64 bits [members >= 1, samples, classes >= 2], "
+            f"got {logits.dtype} {shape}: convert with float()"
         )
-    if order not in ("last", "first"):
-        raise ValueError(f'order must be "last" or "first", got {order!r}')
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
-    if labels is None:
-        return
-    if labels.shape != logits.shape[1:2] or labels.is_floating_point() or labels.device != logits.device:
+
+
+def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    """int64 [N], contiguous."""
+    samples, classes = logits.shape[1:]
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}: convert with torch.tensor")
+    integers = not (labels.is_floating_point() or labels.is_complex() or labels.is_quantized)
+    plain = labels.layout == torch.strided and labels.device == logits.device
+    if labels.shape != (samples,) or not integers or not plain:
         raise ValueError(
-            f"labels must be integers [{shape[1]}] on {logits.device}, "
-            f"got {labels.dtype} {list(labels.shape)} on {labels.device}"
+            f"labels must be integers [{samples}], strided on {logits.device}, "
+            f"got {labels.dtype} {list(labels.shape)}, {labels.layout} on {labels.device}"
         )
-    if shape[1]:
-        low, high = labels.min().item(), labels.max().item()
-        if low < 0 or high >= shape[2]:
-            raise ValueError(f"labels must lie in 0..{shape[2] - 1}, got {low}..{high}")
+    labels_N = labels.resolve_neg().long().contiguous()
+    if samples:
+        low, high = (int(bound) for bound in labels_N.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels must lie in 0..{classes - 1}, got {low}..{high}")
+    return labels_N
+
+
+def _checked_temperature(temperature: float) -> float:
+    try:
+        value = float(temperature)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not FP32.tiny <= value <= FP32.max:
+        raise ValueError(f"temperature must lie in {FP32.tiny:.1e}..{FP32.max:.1e}, got {temperature!r}")
+    return value
 
 
 def _checked_weights(weights: Tensor | Sequence[float] | None, members: int) -> list[float]:
-    weights_M = [1.0] * members if weights is None else [float(weight) for weight in weights]
+    if weights is None:
+        return [1.0] * members
+    try:
+        weights_M = [float(weight) for weight in weights]
+    except (TypeError, ValueError, RuntimeError):
+        weights_M = []
     if len(weights_M) != members or not all(0 < weight < math.inf for weight in weights_M):
         raise ValueError(
-            f"weights must be {members} finite numbers above 0, got {weights_M}: "
+            f"weights must be {members} finite numbers above 0, got {weights}: "
             "leave a member out instead of giving it weight 0"
         )
     return weights_M
+
+
+def shares(weights_M: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Shares of the weight of the members so far: of those before a member, and of the member that joins.
+
+    In units of the smallest fp64 number all weights are integers, so that none overflows or vanishes, however large or
+    small; a share too small for the type it ends in is 0.
+    """
+    ratios = [weight.as_integer_ratio() for weight in weights_M]
+    integers = [numerator * (2**1074 // denominator) for numerator, denominator in ratios]
+    totals = list(accumulate(integers))
+    pairs = list(zip(integers, totals, strict=True))
+    return [(total - weight) / total for weight, total in pairs], [weight / total for weight, total in pairs]
 
 
 def _require_finite(invalid: dict[int, int], samples: int) -> None:
     named = [f"member {member} in {invalid[member]} samples" for member in sorted(invalid) if invalid[member]]
     if named:
         raise ValueError(
-            f"logits must be finite, got NaN or infinity from {', '.join(named)} of {samples}: leave them out"
+            "logits must be finite in fp32, got NaN, infinity or more than 3.4e38 from "
+            f"{', '.join(named)} of {samples}: leave them out"
         )
 
 
@@ -156,21 +209,23 @@ def reference_averaging(
     temperature: float,
     probabilities: bool,
 ) -> tuple[EnsembleStatistics, Tensor]:
-    """The statistics in plain PyTorch, in fp32 or in the fp64 of the logits: what the kernels are tested against.
+    """The statistics in plain PyTorch, in fp64: what the kernels are tested against.
 
     joining    the members in the order in which they join; weights_M in that order
     Returns the statistics and int64 [M], the number of samples with NaN or infinite logits, in that order.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logits_MNC = logits[list(joining)].to(dtype) / temperature
-    weights_M1 = torch.tensor(weights_M, dtype=dtype, device=logits.device)[:, None]
+    logits_MNC = logits[list(joining)].double()
+    invalid_M = (~torch.isfinite(logits_MNC)).any(2).sum(1)
+    logits_MNC = (logits_MNC - logits_MNC.amax(2, keepdim=True)) / temperature
+    weights_M1 = torch.tensor(weights_M, dtype=torch.float64, device=logits.device)[:, None]
+    weights_M1 = weights_M1 / weights_M1.max()
     totals_M1 = weights_M1.cumsum(0)
     log_MNC = logits_MNC.log_softmax(2)
     members_MNC = log_MNC.exp()
     mean_MNC = (weights_M1[:, :, None] * members_MNC).cumsum(0) / totals_M1[:, :, None]
     confidence_MN, prediction_MN = mean_MNC.max(2)
     entropy_MN = torch.special.entr(mean_MNC).sum(2)
-    member_entropy_MN = -(members_MNC * log_MNC.clamp(min=torch.finfo(dtype).min)).sum(2)
+    member_entropy_MN = -(members_MNC * log_MNC).sum(2)
     expected_MN = (weights_M1 * member_entropy_MN).cumsum(0) / totals_M1
     votes_MN = logits_MNC.argmax(2)
     count_M = range(1, len(logits) + 1)
@@ -185,7 +240,7 @@ def reference_averaging(
         disagreement=torch.stack([(votes_MN[:m] != prediction_MN[m - 1]).sum(0).int() for m in count_M]),
         probabilities=mean_MNC[-1] if probabilities else None,
     )
-    return statistics, (~torch.isfinite(logits_MNC)).any(2).sum(1)
+    return statistics, invalid_M
 
 
 def _log_label(log_MNC: Tensor, labels: Tensor, weights_M1: Tensor) -> Tensor:

@@ -16,31 +16,31 @@ namespace {
 constexpr int64_t BLOCK = 256;  // classes
 constexpr int64_t PADDING = 16;  // classes; rows are padded with impossible classes, so that loops have no remainders
 
+constexpr float LARGEST = 3.4028235e38f;  // finite number
+
 struct Row {
     float best;
     int invalid;  // whether a logit is NaN or infinite
 };
 
-template <bool divided, typename Type>
-INLINE Row read(const Type* logits, int64_t stride, int64_t classes, float temperature, float* scaled) {
+template <typename Type>
+INLINE Row read(const Type* logits, int64_t stride, int64_t classes, float* values) {
     int invalid = 0;
     float best = -INFINITY;
 #pragma omp simd reduction(| : invalid) reduction(max : best)
     for (int64_t c = 0; c < classes; ++c) {
-        const float value = divided ? load(logits[c * stride]) / temperature : load(logits[c * stride]);
-        scaled[c] = value;
-        invalid |= !(std::fabs(value) <= 3.4028234e38f);
+        const float value = load(logits[c * stride]);
+        values[c] = value;
+        invalid |= !(std::fabs(value) <= LARGEST);
         best = value > best ? value : best;
     }
     return {best, invalid};
 }
 
-// Versions without the division and for adjacent classes, since this loop takes much of the time.
-#define READ(Type)                                                                                             \
-    CLONES Row read_row(const Type* logits, int64_t stride, int64_t classes, float temperature, float* scaled) { \
-        if (stride != 1) return read<true>(logits, stride, classes, temperature, scaled);                      \
-        if (temperature != 1.0f) return read<true>(logits, 1, classes, temperature, scaled);                   \
-        return read<false>(logits, 1, classes, temperature, scaled);                                           \
+// A version for adjacent classes, since this loop takes much of the time.
+#define READ(Type)                                                                               \
+    CLONES Row read_row(const Type* logits, int64_t stride, int64_t classes, float* values) {    \
+        return stride == 1 ? read(logits, 1, classes, values) : read(logits, stride, classes, values); \
     }
 READ(float)
 READ(double)
@@ -69,14 +69,16 @@ struct Softmax {
     double sum, log_sum, entropy;
 };
 
-CLONES Softmax exponentials(float* values, int64_t classes, float best) {  // values -> exp(values - best)
+// values -> exp((values - best) / temperature)
+template <bool divided>
+INLINE Softmax exponentials(float* values, int64_t classes, float best, float temperature) {
     double sum = 0, weighted = 0;
     for (int64_t begin = 0; begin < classes; begin += BLOCK) {
         const int64_t end = begin + BLOCK < classes ? begin + BLOCK : classes;
         float block_sum = 0, block_weighted = 0;
 #pragma omp simd reduction(+ : block_sum, block_weighted)
         for (int64_t c = begin; c < end; ++c) {
-            const float below = values[c] - best;
+            const float below = divided ? (values[c] - best) / temperature : values[c] - best;
             const float distance = below < -1000.0f ? -1000.0f : below;  // exp is 0 long before; avoids 0 * infinity
             const float power = exp_of_negative(distance);
             values[c] = power;
@@ -90,12 +92,18 @@ CLONES Softmax exponentials(float* values, int64_t classes, float best) {  // va
     return {sum, log_sum, log_sum - weighted / sum};
 }
 
+CLONES Softmax softmax_of(float* values, int64_t classes, float best, float temperature) {
+    return temperature == 1.0f ? exponentials<false>(values, classes, best, 1.0f)
+                               : exponentials<true>(values, classes, best, temperature);
+}
+
 struct Reduction {
     float best;
     double squares, entropy;
 };
 
-CLONES Reduction add_and_reduce(float* sums, const float* powers, int64_t classes, float share, float inverse_total) {
+// means -> keep * means + share * powers
+CLONES Reduction add_and_reduce(float* means, const float* powers, int64_t classes, float keep, float share) {
     Reduction all{0, 0, 0};
     float best = 0;
     for (int64_t begin = 0; begin < classes; begin += BLOCK) {
@@ -103,9 +111,9 @@ CLONES Reduction add_and_reduce(float* sums, const float* powers, int64_t classe
         float squares = 0, entropy = 0;
 #pragma omp simd reduction(+ : squares, entropy) reduction(max : best)
         for (int64_t c = begin; c < end; ++c) {
-            sums[c] += share * powers[c];
-            best = sums[c] > best ? sums[c] : best;
-            const float probability = sums[c] * inverse_total;
+            const float probability = keep * means[c] + share * powers[c];
+            means[c] = probability;
+            best = probability > best ? probability : best;
             squares += probability * probability;
             entropy -= probability * log_of_probability(probability);
         }
@@ -122,8 +130,8 @@ struct Averaging {  // the same layout as AveragingArguments in averaging_cpu.py
     const void* logits;
     int64_t type, member_stride, sample_stride, class_stride;
     int64_t members, samples, classes;
-    const int64_t* order;  // [M] members in the order in which they join; invalid and weights are in this order too
-    const double* weights;
+    const int64_t* order;  // [M] members in the order in which they join; the shares and invalid are in this order
+    const double *before, *joining;  // [M] shares of the average: of the members before, and of the one that joins
     const int64_t* labels;  // [N] or null
     int64_t* prediction;  // [M, N], as all down to disagreement
     float* confidence;
@@ -141,29 +149,29 @@ struct Averaging {  // the same layout as AveragingArguments in averaging_cpu.py
 
 namespace {
 
-struct Total {  // of the weights of the members so far
-    double sum, log_sum, log_weight;
+struct Share {
+    double before, joining, log_before, log_joining;
 };
 
 struct Scratch {  // of one thread
-    std::vector<float> sums, values;  // [padded classes]
+    std::vector<float> means, values;  // [padded classes]
     std::vector<int32_t> votes;  // [M]
 };
 
 struct Progress {  // of one sample
-    double entropies = 0, log_label = -INFINITY;
+    double entropy_of_members = 0, log_label = -INFINITY;
 };
 
 double add_logs(double a, double b) {  // log(exp(a) + exp(b))
     const double high = a > b ? a : b, low = a > b ? b : a;
-    return high + std::log1p(std::exp(low - high));
+    return high + std::log(1 + std::exp(low - high));
 }
 
 template <typename Type>
 float read_logits(const Averaging& job, int64_t m, int64_t sample, float* values) {
     const Type* logits =
         static_cast<const Type*>(job.logits) + job.order[m] * job.member_stride + sample * job.sample_stride;
-    const Row row = read_row(logits, job.class_stride, job.classes, static_cast<float>(job.temperature), values);
+    const Row row = read_row(logits, job.class_stride, job.classes, values);
     if (row.invalid) {
 #pragma omp atomic
         job.invalid[m] += 1;
@@ -171,62 +179,59 @@ float read_logits(const Averaging& job, int64_t m, int64_t sample, float* values
     return row.best;
 }
 
-void add_member(const Averaging& job, int64_t m, int64_t sample, float best, const Total& total, Scratch& scratch,
+void add_member(const Averaging& job, int64_t m, int64_t sample, float best, const Share& share, Scratch& scratch,
                 Progress& progress) {
-    const int64_t out = m * job.samples + sample, padded = static_cast<int64_t>(scratch.sums.size());
+    const int64_t out = m * job.samples + sample, padded = static_cast<int64_t>(scratch.means.size());
     const int32_t classes = static_cast<int32_t>(padded);
-    float *sums = scratch.sums.data(), *values = scratch.values.data();
+    float *means = scratch.means.data(), *values = scratch.values.data();
     scratch.votes[m] = first_index(values, classes, best);
-    const double label_logit = job.labels == nullptr ? 0 : static_cast<double>(values[job.labels[sample]]) - best;
-    const Softmax softmax = exponentials(values, padded, best);
-    const float share = static_cast<float>(job.weights[m] / softmax.sum);
-    const Reduction mean = add_and_reduce(sums, values, padded, share, static_cast<float>(1 / total.sum));
-    const int32_t prediction = first_index(sums, classes, mean.best);
-    progress.entropies += job.weights[m] * softmax.entropy;
+    const double label_distance =
+        job.labels == nullptr ? 0 : (static_cast<double>(values[job.labels[sample]]) - best) / job.temperature;
+    const Softmax softmax = softmax_of(values, padded, best, static_cast<float>(job.temperature));
+    const Reduction mean = add_and_reduce(means, values, padded, static_cast<float>(share.before),
+                                          static_cast<float>(share.joining / softmax.sum));
+    const int32_t prediction = first_index(means, classes, mean.best);
+    progress.entropy_of_members = share.before * progress.entropy_of_members + share.joining * softmax.entropy;
     job.prediction[out] = prediction;
-    job.confidence[out] = static_cast<float>(mean.best / total.sum);
+    job.confidence[out] = mean.best;
     job.sum_of_squares[out] = static_cast<float>(mean.squares);
     job.entropy[out] = static_cast<float>(mean.entropy);
-    job.mutual_information[out] =
-        static_cast<float>(std::fmax(mean.entropy - progress.entropies / total.sum, 0));
+    job.mutual_information[out] = static_cast<float>(std::fmax(mean.entropy - progress.entropy_of_members, 0));
     int32_t against = 0;
     for (int64_t voter = 0; voter <= m; ++voter) against += scratch.votes[voter] != prediction;
     job.disagreement[out] = against;
     if (job.labels == nullptr) return;
-    progress.log_label = add_logs(progress.log_label, total.log_weight + label_logit - softmax.log_sum);
-    job.label_log_probability[out] = static_cast<float>(progress.log_label - total.log_sum);
-    job.label_rank[out] = classes_before(sums, classes, static_cast<int32_t>(job.labels[sample]));
+    progress.log_label = add_logs(share.log_before + progress.log_label,
+                                  share.log_joining + label_distance - softmax.log_sum);
+    job.label_log_probability[out] = static_cast<float>(std::fmax(progress.log_label, -LARGEST));
+    job.label_rank[out] = classes_before(means, classes, static_cast<int32_t>(job.labels[sample]));
 }
 
 template <typename Type>
-void average_sample(const Averaging& job, int64_t sample, const std::vector<Total>& totals, Scratch& scratch) {
-    std::fill(scratch.sums.begin(), scratch.sums.end(), 0.0f);
+void average_sample(const Averaging& job, int64_t sample, const std::vector<Share>& shares, Scratch& scratch) {
+    std::fill(scratch.means.begin(), scratch.means.end(), 0.0f);
     Progress progress;
     for (int64_t m = 0; m < job.members; ++m) {
         std::fill(scratch.values.begin() + job.classes, scratch.values.end(), -INFINITY);
         const float best = read_logits<Type>(job, m, sample, scratch.values.data());
-        add_member(job, m, sample, best, totals[m], scratch, progress);
+        add_member(job, m, sample, best, shares[m], scratch, progress);
     }
     if (job.probabilities == nullptr) return;
-    for (int64_t c = 0; c < job.classes; ++c)
-        job.probabilities[sample * job.classes + c] = static_cast<float>(scratch.sums[c] / totals.back().sum);
+    std::copy_n(scratch.means.begin(), job.classes, job.probabilities + sample * job.classes);
 }
 
 template <typename Type>
 void average_samples(const Averaging& job) {
-    std::vector<Total> totals;
-    double sum = 0;
-    for (int64_t m = 0; m < job.members; ++m) {
-        sum += job.weights[m];
-        totals.push_back({sum, std::log(sum), std::log(job.weights[m])});
-    }
+    std::vector<Share> shares;
+    for (int64_t m = 0; m < job.members; ++m)
+        shares.push_back({job.before[m], job.joining[m], std::log(job.before[m]), std::log(job.joining[m])});
     const size_t padded = static_cast<size_t>((job.classes + PADDING - 1) / PADDING * PADDING);
 #pragma omp parallel num_threads(static_cast<int>(job.threads))
     {
-        Scratch scratch{std::vector<float>(padded), std::vector<float>(padded), std::vector<int32_t>(totals.size())};
+        Scratch scratch{std::vector<float>(padded), std::vector<float>(padded), std::vector<int32_t>(shares.size())};
 #pragma omp for schedule(static)
         for (int64_t sample = 0; sample < job.samples; ++sample)
-            average_sample<Type>(job, sample, totals, scratch);
+            average_sample<Type>(job, sample, shares, scratch);
     }
 }
 

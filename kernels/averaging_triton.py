@@ -1,5 +1,11 @@
-"""The averaging on a GPU: one Triton launch; each program keeps the running sums of a few samples in registers."""
+"""The averaging on a GPU: one Triton launch; a program takes a few samples and lets one member after the other join.
 
+A row of up to LARGEST_BLOCK classes stays in registers. A longer one is taken block by block, so that the registers do
+not limit it: the first of three passes over a member's logits reads them from memory, the others find them in the
+cache, and so they find the averaged probabilities, which are then written to memory whether asked for or not.
+"""
+
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,199 +13,180 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .averaging import EnsembleStatistics
+from .averaging import EnsembleStatistics, shares
+from .averaging_passes import (
+    LOWEST,
+    below_best,
+    block_of,
+    inspect,
+    join_label,
+    largest,
+    normaliser,
+    read_block,
+)
 
 FLOATS = ("confidence", "sum_of_squares", "entropy", "mutual_information", "label_log_probability")
 INTEGERS = ("disagreement", "label_rank")
-TILE = 256  # elements of a tile [samples, classes] while the classes are few; a thread holds 2 of them
-LARGEST_BLOCK = 16384  # classes in registers; those beyond it go into a second block
+LARGEST_BLOCK = 1024  # classes
+THREADS, MOST_THREADS = 128, 256  # of a program
+PER_THREAD = 4  # elements of a tile at most: 128 bits of fp32
+# Per thread. Without a limit the assembler spills some to make room for one more program.
+REGISTERS = {"adjacent classes": 80, "other strides": 96}
 MAX_MEMBERS = 64
-
-
-@triton.jit
-def read_block(logits_N, class_stride, class_C, samples_N, samples, classes, temperature):
-    """Logits [N, C] of one member over the temperature; 0 for samples, -inf for classes that do not exist."""
-    inside = (samples_N < samples)[:, None] & (class_C < classes)[None, :]
-    pointers = logits_N[:, None] + class_C.to(tl.int64)[None, :] * class_stride
-    scaled_NC = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) / temperature
-    return tl.where((class_C < classes)[None, :], scaled_NC, float("-inf"))
-
-
-@triton.jit
-def count_invalid(scaled_NC, class_C, samples_N, samples, classes):
-    inside = (samples_N < samples)[:, None] & (class_C < classes)[None, :]
-    return tl.sum((inside & ~(tl.abs(scaled_NC) < float("inf"))).to(tl.int32), 1)
-
-
-@triton.jit
-def first_class(values_NC, value_N, class_C):
-    """Smallest class whose value is `value_N`; a large number if there is none."""
-    return tl.min(tl.where(values_NC == value_N[:, None], class_C[None, :], 2147483647), 1)
-
-
-@triton.jit
-def exponentials(scaled_NC, best_N):
-    """exp(logit - best), its sum, and its sum weighted with logit - best."""
-    distance_NC = tl.maximum(
-        scaled_NC - best_N[:, None], -1000.0
-    )  # exp is 0 long before; avoids 0 * infinity
-    power_NC = tl.exp(distance_NC)
-    return power_NC, tl.sum(power_NC, 1), tl.sum(power_NC * distance_NC, 1)
-
-
-@triton.jit
-def reduce_mean(sum_NC, total):
-    """Largest sum, and sum of squares and entropy of the probabilities sum / total."""
-    mean_NC = sum_NC / total
-    surprise_NC = -mean_NC * tl.log(tl.maximum(mean_NC, 1e-37))  # 0 for a probability of 0
-    return tl.max(sum_NC, 1), tl.sum(mean_NC * mean_NC, 1), tl.sum(surprise_NC, 1)
-
-
-@triton.jit
-def of_class(values_NC, class_C, label_N):
-    return tl.sum(tl.where(class_C[None, :] == label_N[:, None], values_NC, 0.0), 1)
-
-
-@triton.jit
-def classes_before(sum_NC, class_C, label_N, sum_of_label_N):
-    earlier = (sum_NC == sum_of_label_N[:, None]) & (class_C[None, :] < label_N[:, None])
-    return tl.sum(((sum_NC > sum_of_label_N[:, None]) | earlier).to(tl.int32), 1)
+WIDEST_LOAD = 16  # bytes
 
 
 @triton.jit
 def averaging_kernel(
     logits,  # [M, N, C], any float type
     labels,  # int64 [N] or None
-    order,  # int64 [M], members in the order in which they join; weights and invalid are in this order
-    weights,  # fp32 [M]
+    order,  # int64 [M], members in the order in which they join; the shares and invalid are in this order
+    before,  # fp32 [M], share of the average of the members before
+    joining,  # fp32 [M], and of the member that joins
     prediction,  # int64 [M, N]
     floats,  # fp32 [5 (4 without labels), M, N], in the order of FLOATS
     integers,  # int32 [2 (1 without labels), M, N], in the order of INTEGERS
-    probabilities,  # fp32 [N, C] or None
+    probabilities,  # fp32 [N, C]; may be None if all classes fit into one block
     invalid,  # int64 [M]
     members,
     samples,
     plane,  # members * samples
-    classes,
     member_stride,
     sample_stride,
     class_stride,
     temperature,
+    classes: tl.constexpr,
     SAMPLES: tl.constexpr,
-    CLASSES: tl.constexpr,
-    REST: tl.constexpr,  # classes of the second block, 0: there is none
-    VOTES: tl.constexpr,
+    CLASSES: tl.constexpr,  # of a block
+    VOTES: tl.constexpr,  # at least as many as members
+    VECTOR: tl.constexpr,  # rows of logits begin at multiples of so many elements
 ):
-    sample_N = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
+    ONE_BLOCK: tl.constexpr = classes <= CLASSES
+    sample_N = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     present_N = sample_N < samples
-    class_C = tl.arange(0, CLASSES)
-    sum_NC = tl.zeros([SAMPLES, CLASSES], tl.float32)
-    if REST > 0:
-        class_R = CLASSES + tl.arange(0, REST)
-        sum_NR = tl.zeros([SAMPLES, REST], tl.float32)
     if labels is not None:
         label_N = tl.load(labels + sample_N, mask=present_N, other=0).to(tl.int32)
+    if probabilities is not None:
+        means_N = probabilities + sample_N * classes
+    mean_NC = tl.zeros([SAMPLES, CLASSES], tl.float32)
     vote_V = tl.arange(0, VOTES)
     votes_NV = tl.zeros([SAMPLES, VOTES], tl.int32)
-    entropies_N = tl.zeros([SAMPLES], tl.float32)
-    label_mass_N = tl.full([SAMPLES], float("-inf"), tl.float32)  # log of the label's weighted sum
-    place_N = sample_N.to(tl.int64)  # in [M, N]
-    total = 0.0
+    member_entropy_N = tl.zeros([SAMPLES], tl.float32)
+    label_best_N = tl.full([SAMPLES], float("-inf"), tl.float32)
+    label_sum_N = tl.zeros([SAMPLES], tl.float32)
+    place_N = sample_N  # in [M, N]
     for m in range(members):
-        weight = tl.load(weights + m)
-        total += weight
-        logits_N = logits + tl.load(order + m) * member_stride + sample_N.to(tl.int64) * sample_stride
-        power_NC = read_block(logits_N, class_stride, class_C, sample_N, samples, classes, temperature)
-        bad_N = count_invalid(power_NC, class_C, sample_N, samples, classes)
-        best_N = tl.max(power_NC, 1)
-        vote_N = first_class(power_NC, best_N, class_C)
-        if REST > 0:
-            power_NR = read_block(logits_N, class_stride, class_R, sample_N, samples, classes, temperature)
-            bad_N += count_invalid(power_NR, class_R, sample_N, samples, classes)
-            first_N = best_N
-            best_N = tl.maximum(first_N, tl.max(power_NR, 1))
-            vote_N = tl.where(first_N == best_N, vote_N, first_class(power_NR, best_N, class_R))
-        bad = tl.sum((bad_N > 0).to(tl.int64))
-        if bad > 0:
-            tl.atomic_add(invalid + m, bad)
+        share_before = tl.load(before + m)
+        share_joining = tl.load(joining + m)
+        logits_N = logits + tl.multiple_of(
+            tl.load(order + m) * member_stride + sample_N * sample_stride, VECTOR
+        )
+        class_C = tl.arange(0, CLASSES)
+        row_NC = read_block(logits_N, class_C, class_stride, present_N, classes) if ONE_BLOCK else None
+        best_N, vote_N, invalid_N = inspect(row_NC, logits_N, class_stride, present_N, classes, CLASSES)
+        count = tl.sum(invalid_N.to(tl.int64))
+        if count > 0:
+            tl.atomic_add(invalid + m, count)
+        mass_N, entropy_N = normaliser(
+            row_NC, logits_N, class_stride, present_N, best_N, temperature, classes, CLASSES
+        )
+        member_entropy_N = share_before * member_entropy_N + share_joining * entropy_N
+
+        factor_N = share_joining / mass_N
+        top_NC = tl.full([SAMPLES, CLASSES], -1.0, tl.float32)
+        predicted_NC = tl.zeros([SAMPLES, CLASSES], tl.int32)
+        squares_NC = tl.zeros([SAMPLES, CLASSES], tl.float32)
+        entropy_NC = squares_NC
+        of_label_NC = squares_NC
+        for begin in range(0, classes, CLASSES):
+            class_C = begin + tl.arange(0, CLASSES)
+            inside = present_N[:, None] & (class_C < classes)[None, :]
+            logit_NC = block_of(row_NC, logits_N, class_C, class_stride, present_N, classes)
+            if not ONE_BLOCK:
+                mean_NC = tl.load(means_N[:, None] + class_C[None, :], mask=inside & (m > 0), other=0.0)
+            power_NC = tl.exp(below_best(logit_NC, best_N, temperature))
+            mean_NC = share_before * mean_NC + factor_N[:, None] * power_NC
+            if not ONE_BLOCK:
+                tl.store(means_N[:, None] + class_C[None, :], mean_NC, mask=inside)
+            predicted_NC = tl.where(mean_NC > top_NC, class_C[None, :], predicted_NC)
+            top_NC = tl.maximum(top_NC, mean_NC)
+            squares_NC += mean_NC * mean_NC
+            entropy_NC -= mean_NC * tl.log(tl.maximum(mean_NC, 1e-37))
+            if labels is not None:
+                of_label_NC += tl.where(class_C[None, :] == label_N[:, None], mean_NC, 0.0)
+        if not ONE_BLOCK:
+            tl.debug_barrier()  # the thread that reads an average need not be the one that wrote it
+
+        top_N, predicted_N = largest(top_NC, predicted_NC)
+        entropy_N = tl.sum(entropy_NC, 1)
         votes_NV = tl.where(vote_V[None, :] == m, vote_N[:, None], votes_NV)
-        if labels is not None:
-            scaled_label_N = of_class(power_NC, class_C, label_N)
-            if REST > 0:
-                scaled_label_N += of_class(power_NR, class_R, label_N)
-
-        power_NC, mass_N, weighted_N = exponentials(power_NC, best_N)
-        if REST > 0:
-            power_NR, rest_mass_N, rest_weighted_N = exponentials(power_NR, best_N)
-            mass_N += rest_mass_N
-            weighted_N += rest_weighted_N
-        log_mass_N = tl.log(mass_N)
-        entropies_N += weight * (log_mass_N - weighted_N / mass_N)
-
-        share_N = weight / mass_N
-        sum_NC += share_N[:, None] * power_NC
-        top_N, squares_N, entropy_N = reduce_mean(sum_NC, total)
-        predicted_N = first_class(sum_NC, top_N, class_C)
-        if REST > 0:
-            sum_NR += share_N[:, None] * power_NR
-            rest_top_N, rest_squares_N, rest_entropy_N = reduce_mean(sum_NR, total)
-            squares_N += rest_squares_N
-            entropy_N += rest_entropy_N
-            predicted_N = tl.where(top_N >= rest_top_N, predicted_N, first_class(sum_NR, rest_top_N, class_R))
-            top_N = tl.maximum(top_N, rest_top_N)
         against_NV = (votes_NV != predicted_N[:, None]) & (vote_V[None, :] <= m)
-
         tl.store(prediction + place_N, predicted_N.to(tl.int64), mask=present_N)
-        tl.store(floats + place_N, top_N / total, mask=present_N)
-        tl.store(floats + plane + place_N, squares_N, mask=present_N)
-        tl.store(floats + 2 * plane + place_N, entropy_N, mask=present_N)
-        information_N = tl.maximum(entropy_N - entropies_N / total, 0.0)
-        tl.store(floats + 3 * plane + place_N, information_N, mask=present_N)
-        tl.store(integers + place_N, tl.sum(against_NV.to(tl.int32), 1), mask=present_N)
+        floats_N = floats + place_N
+        integers_N = integers + place_N
+        tl.store(floats_N, top_N, mask=present_N)
+        floats_N += plane  # added, not multiplied: a product could exceed 32 bits
+        tl.store(floats_N, tl.sum(squares_NC, 1), mask=present_N)
+        floats_N += plane
+        tl.store(floats_N, entropy_N, mask=present_N)
+        floats_N += plane
+        tl.store(floats_N, tl.maximum(entropy_N - member_entropy_N, 0.0), mask=present_N)
+        tl.store(integers_N, tl.sum(against_NV.to(tl.int32), 1), mask=present_N)
         if labels is not None:
-            joined_N = scaled_label_N - best_N - log_mass_N + tl.log(weight)
-            high_N = tl.maximum(label_mass_N, joined_N)
-            low_N = tl.minimum(label_mass_N, joined_N)
-            label_mass_N = high_N + tl.log(1.0 + tl.exp(low_N - high_N))
-            sum_of_label_N = of_class(sum_NC, class_C, label_N)
-            if REST > 0:
-                sum_of_label_N += of_class(sum_NR, class_R, label_N)
-            rank_N = classes_before(sum_NC, class_C, label_N, sum_of_label_N)
-            if REST > 0:
-                rank_N += classes_before(sum_NR, class_R, label_N, sum_of_label_N)
-            tl.store(floats + 4 * plane + place_N, label_mass_N - tl.log(total), mask=present_N)
-            tl.store(integers + plane + place_N, rank_N, mask=present_N)
+            logit_N = tl.load(logits_N + label_N.to(tl.int64) * class_stride, mask=present_N, other=0.0)
+            below_N = tl.maximum((logit_N.to(tl.float32) - best_N) / temperature, LOWEST)
+            label_best_N, label_sum_N = join_label(
+                label_best_N, label_sum_N, share_before, share_joining, below_N - tl.log(mass_N)
+            )
+            log_probability_N = tl.maximum(label_best_N + tl.log(label_sum_N), LOWEST)
+            tl.store(floats_N + plane, log_probability_N, mask=present_N)
+            label_mean_N = tl.sum(of_label_NC, 1)
+            before_NC = tl.zeros([SAMPLES, CLASSES], tl.int32)
+            for begin in range(0, classes, CLASSES):
+                class_C = begin + tl.arange(0, CLASSES)
+                if not ONE_BLOCK:
+                    inside = present_N[:, None] & (class_C < classes)[None, :]
+                    mean_NC = tl.load(means_N[:, None] + class_C[None, :], mask=inside, other=-1.0)
+                tied = (mean_NC == label_mean_N[:, None]) & (class_C[None, :] < label_N[:, None])
+                before_NC += ((mean_NC > label_mean_N[:, None]) | tied).to(tl.int32)
+            tl.store(integers_N + plane, tl.sum(before_NC, 1), mask=present_N)
+            if not ONE_BLOCK:
+                tl.debug_barrier()
         place_N += samples
 
-    if probabilities is not None:
-        row_N = probabilities + sample_N.to(tl.int64) * classes
+    if ONE_BLOCK and probabilities is not None:
+        class_C = tl.arange(0, CLASSES)
         inside = present_N[:, None] & (class_C < classes)[None, :]
-        tl.store(row_N[:, None] + class_C[None, :], sum_NC / total, mask=inside)
-        if REST > 0:
-            inside = present_N[:, None] & (class_R < classes)[None, :]
-            tl.store(row_N[:, None] + class_R[None, :], sum_NR / total, mask=inside)
+        tl.store(means_N[:, None] + class_C[None, :], mean_NC, mask=inside)
 
 
-def tiles(members: int, classes: int) -> dict[str, int]:
-    """Sizes of the tiles and number of warps for so many members and classes.
+def aligned_elements(logits: Tensor) -> int:
+    """Elements at whose multiples every row of adjacent classes begins, up to the widest load; else 1."""
+    if logits.stride(2) != 1:
+        return 1
+    return math.gcd(WIDEST_LOAD // logits.element_size(), *logits.stride()[:2])
 
-    Raises ValueError for more than the registers of a program can hold.
+
+def tiles(logits: Tensor) -> dict[str, int]:
+    """The constants that depend on the logits [M, N, C], and the options of the launch.
+
+    A thread holds elements of one sample only, as many as it loads at once: those of several would take registers.
+    Raises ValueError for more members than the registers of a program can hold.
     """
-    if members > MAX_MEMBERS or classes > 2 * LARGEST_BLOCK:
+    members, _, classes = logits.shape
+    if members > MAX_MEMBERS:
         raise ValueError(
-            f"on CUDA at most {MAX_MEMBERS} members and {2 * LARGEST_BLOCK} classes, got {members} and {classes}: "
-            "average the logits on the CPU"
+            f"logits may have at most {MAX_MEMBERS} members on CUDA, got {members}: average them on the CPU"
         )
+    vector = aligned_elements(logits)
+    per_thread = min(vector, PER_THREAD)
     block = min(triton.next_power_of_2(classes), LARGEST_BLOCK)
-    rest = triton.next_power_of_2(classes - block) if classes > block else 0
-    rows = max(1, TILE // block)
-    return {
-        "SAMPLES": rows,
-        "CLASSES": block,
-        "REST": rest,
-        "VOTES": triton.next_power_of_2(members),
-        "num_warps": min(32, rows * block // 64),
-    }
+    votes = triton.next_power_of_2(members)
+    samples = max(1, THREADS * per_thread // max(block, votes))
+    threads = min(MOST_THREADS, samples * max(block, votes) // per_thread)
+    sizes = {"classes": classes, "SAMPLES": samples, "CLASSES": block, "VOTES": votes, "VECTOR": vector}
+    registers = REGISTERS["adjacent classes" if logits.stride(2) == 1 else "other strides"]
+    return sizes | {"num_warps": threads // 32, "maxnreg": registers}
 
 
 def triton_averaging(
@@ -217,28 +204,30 @@ def triton_averaging(
     prediction = torch.empty(members, samples, dtype=torch.int64, device=device)
     floats = torch.empty(4 + of_label, members, samples, device=device)
     integers = torch.empty(1 + of_label, members, samples, dtype=torch.int32, device=device)
-    mean = torch.empty(samples, classes, device=device) if probabilities else None
     invalid_M = torch.zeros(members, dtype=torch.int64, device=device)
-    sizes = tiles(members, classes)
+    sizes = tiles(logits)
+    written = probabilities or classes > sizes["CLASSES"]
+    mean = torch.empty(samples, classes, device=device) if written else None
     if samples:
-        averaging_kernel[(triton.cdiv(samples, sizes["SAMPLES"]),)](
-            logits,
-            None if labels is None else labels.long().contiguous(),
-            torch.tensor(joining, device=device),
-            torch.tensor(weights_M, dtype=torch.float32, device=device),
-            prediction,
-            floats,
-            integers,
-            mean,
-            invalid_M,
-            members,
-            samples,
-            members * samples,
-            classes,
-            *logits.stride(),
-            temperature,
-            **sizes,
-        )
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            averaging_kernel[(triton.cdiv(samples, sizes["SAMPLES"]),)](
+                logits,
+                None if labels is None else labels.long().contiguous(),
+                torch.tensor(joining, device=device),
+                *(torch.tensor(table, dtype=torch.float32, device=device) for table in shares(weights_M)),
+                prediction,
+                floats,
+                integers,
+                mean,
+                invalid_M,
+                members,
+                samples,
+                members * samples,
+                *logits.stride(),
+                temperature,
+                **sizes,
+            )
     fields = dict(zip(FLOATS, floats, strict=False)) | dict(zip(INTEGERS, integers, strict=False))
     fields = {"label_log_probability": None, "label_rank": None} | fields
+    mean = mean if probabilities else None
     return EnsembleStatistics(prediction=prediction, probabilities=mean, **fields), invalid_M

@@ -1,14 +1,14 @@
 """What the Triton kernels compile to, for GPUs that need not be there: python -m fastsnap.kernels.report
 
 Registers, shared memory and spills come from the compiled binary, the width of accesses from its instructions, and
-the bytes per element from the list of loads and stores before the compiler assigns them to threads.
+the bytes moved from the list of loads and stores before the compiler assigns them to threads.
 """
 
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -18,14 +18,21 @@ from triton.compiler import ASTSource
 from .averaging_triton import averaging_kernel, tiles
 from .update_triton import BLOCK, DTYPES, WARPS, update_kernel
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
 REGISTERS_PER_MULTIPROCESSOR = 65536
 THREADS_PER_MULTIPROCESSOR = 2048
 HEADINGS = (
-    *("kernel", "architecture", "registers (occupancy)", "shared bytes", "spills", "widest load / store"),
-    *("bytes moved", "launches"),
+    *("kernel", "GPU", "registers\n(occupancy)", "shared\nbytes", "spills", "load,\nstore\nbits"),
+    *("bytes\nmoved", "launches"),
 )
-ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4}
+CAPTION = (
+    "Load, store: the widest of numbers of 32 bits or less. Bytes: of the update per parameter; of the averaging "
+    "per logit + per member and sample (rows of more than 1024 classes are read again, from the cache)."
+)
+ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4, "f64": 8}
 
 
 @dataclass(frozen=True)
@@ -34,16 +41,20 @@ class Compiled:
 
     registers      per thread
     stack_bytes    per thread, spills included; shared_bytes: per program
+    barriers       that the kernel asks for, besides those of reductions
     instructions   names of all machine instructions
-    accesses       bytes of each load ("load") and store ("store") of a tensor, per element, as written
+    accesses       "load" or "store", dimensions and bytes per element of each access to a tensor, as written
+    vectors        "ld" or "st" and bits of each access of a thread to numbers of 32 bits
     threads        per program
     """
 
     registers: int
     stack_bytes: int
     shared_bytes: int
+    barriers: int
     instructions: tuple[str, ...]
-    accesses: tuple[tuple[str, int], ...]
+    accesses: tuple[tuple[str, int, int], ...]
+    vectors: tuple[tuple[str, int], ...]
     threads: int
 
     @property
@@ -74,24 +85,26 @@ def _width(instruction: str) -> int:
 
 
 def compile_kernel(
-    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], architecture: int, warps: int
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], architecture: int, **options: int
 ) -> Compiled:
     """Compile `kernel` with `arguments` (name: Triton type, pointers 16-byte aligned) and `constants`."""
     signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(
-        ASTSource(kernel, signature, values, aligned), target=target, options={"num_warps": warps}
-    )
+    source = ASTSource(kernel, signature, values, aligned)
+    compiled = triton.compile(source, target=target, options=options)
     usage = _resources(compiled.asm["cubin"])
+    ttir = compiled.asm["ttir"]
     return Compiled(
         registers=usage["REG"],
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=usage["SHARED"],
+        barriers=len(re.findall(r"\b(?:ttg|gpu)\.barrier", ttir)),
         instructions=_instructions(compiled.asm["cubin"]),
-        accesses=_accesses(compiled.asm["ttir"]),
-        threads=32 * warps,
+        accesses=_accesses(ttir),
+        vectors=_vectors(compiled.asm["ptx"]),
+        threads=32 * options["num_warps"],
     )
 
 
@@ -115,9 +128,14 @@ def _instructions(cubin: bytes) -> tuple[str, ...]:
     return tuple(match[1] for match in found if match)
 
 
-def _accesses(ttir: str) -> tuple[tuple[str, int], ...]:
-    found = re.findall(r"tt\.(load|store) .*tensor<[\dx]+x!tt\.ptr<(\w+)>>", ttir)
-    return tuple((kind, ELEMENT_BYTES[element]) for kind, element in found)
+def _accesses(ttir: str) -> tuple[tuple[str, int, int], ...]:
+    found = re.findall(r"tt\.(load|store) .*tensor<([\dx]+)x!tt\.ptr<(\w+)>>", ttir)
+    return tuple((kind, sizes.count("x") + 1, ELEMENT_BYTES[element]) for kind, sizes, element in found)
+
+
+def _vectors(ptx: str) -> tuple[tuple[str, int], ...]:
+    found = re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b32\b", ptx)
+    return tuple((kind, 32 * int(elements or 1)) for kind, elements in found)
 
 
 def compile_update(
@@ -132,66 +150,100 @@ def compile_update(
     constants = {"GRADIENT": DTYPES[gradient], "NESTEROV": True, "STEP_SCHEDULE": False, "DECAY": 0.1}
     constants |= {"BLOCK": BLOCK} if extras else {"BLOCK": BLOCK, **dict.fromkeys(optional)}
     return compile_kernel(
-        update_kernel, arguments | (optional if extras else {}), constants, architecture, WARPS
+        update_kernel, arguments | (optional if extras else {}), constants, architecture, num_warps=WARPS
     )
 
 
 def bytes_per_parameter(compiled: Compiled) -> int:
     """Bytes that an update moves per parameter; the gradient is loaded in one of two branches, as a rule the first."""
-    gradients = [size for kind, size in compiled.accesses if kind == "load"][1:3]
+    gradients = [size for kind, _, size in compiled.accesses if kind == "load"][1:3]
     assert gradients[0] == gradients[1], "the update kernel no longer loads the gradient in two branches"
-    return sum(size for _, size in compiled.accesses) - gradients[1]
+    return sum(size for _, _, size in compiled.accesses) - gradients[1]
 
 
 def compile_averaging(architecture: int, classes: int, *, members: int = 6) -> Compiled:
-    """The averaging kernel for row-major fp32 logits, with labels."""
-    constants: dict[str, Any] = tiles(members, classes)
-    warps = constants.pop("num_warps")
-    arguments = {"logits": "*fp32", "labels": "*i64", "order": "*i64", "weights": "*fp32"}
+    """The averaging kernel for contiguous fp32 logits, with labels; averaged probabilities if it needs them anyway."""
+    logits = torch.empty(members, 1024, classes, device="meta")
+    constants: dict[str, Any] = tiles(logits) | {"class_stride": 1}
+    options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
+    arguments = {"logits": "*fp32", "labels": "*i64", "order": "*i64", "before": "*fp32", "joining": "*fp32"}
     arguments |= {"prediction": "*i64", "floats": "*fp32", "integers": "*i32", "invalid": "*i64"}
-    arguments |= {name: "i32" for name in ("members", "samples", "plane", "classes")}
-    arguments |= {"member_stride": "i32", "sample_stride": "i32", "temperature": "fp32"}
-    constants |= {"class_stride": 1, "probabilities": None}
-    return compile_kernel(averaging_kernel, arguments, constants, architecture, warps)
+    arguments |= dict.fromkeys(("members", "samples", "plane", "member_stride", "sample_stride"), "i32")
+    arguments |= {"temperature": "fp32"}
+    one_block = classes <= constants["CLASSES"]
+    arguments |= {} if one_block else {"probabilities": "*fp32"}
+    constants |= {"probabilities": None} if one_block else {}
+    return compile_kernel(averaging_kernel, arguments, constants, architecture, **options)
 
 
-def rows() -> list[tuple[str, ...]]:
-    """One row per kernel, variant and architecture."""
-    found = []
-    for architecture in ARCHITECTURES:
-        for gradient in (torch.float32, torch.bfloat16):
-            name = f"update, {str(gradient).removeprefix('torch.')} gradients"
-            compiled = compile_update(architecture, gradient)
-            bytes_moved = f"{bytes_per_parameter(compiled)} / parameter"
-            found.append(_row(name, architecture, compiled, bytes_moved))
-        compiled = compile_update(architecture, extras=True)
-        name = "update, GradScaler, copy, average"
-        found.append(_row(name, architecture, compiled, f"{bytes_per_parameter(compiled)} / parameter"))
-        for classes in (10, 100, 1000, 21841):
-            compiled = compile_averaging(architecture, classes)
-            found.append(_row(f"averaging, {classes} classes", architecture, compiled, "4 / logit"))
-    return found
+def bytes_per_logit(compiled: Compiled) -> int:
+    """Bytes that an averaging loads and stores per logit, from memory or from the cache."""
+    return sum(size for _, dimensions, size in compiled.accesses if dimensions == 2)
 
 
-def _row(name: str, architecture: int, compiled: Compiled, bytes_moved: str) -> tuple[str, ...]:
-    widest = f"{compiled.widths('LDG')[0]} / {compiled.widths('STG')[0]} bit"
+def bytes_of_statistics(compiled: Compiled) -> int:
+    """Bytes that an averaging stores per member and sample."""
+    return sum(size for kind, dimensions, size in compiled.accesses if (kind, dimensions) == ("store", 1))
+
+
+def variants(architecture: int) -> dict[str, Compiled]:
+    """What the report shows, compiled."""
+    return {
+        "update": compile_update(architecture),
+        "update, bf16 gradient": compile_update(architecture, torch.bfloat16),
+        "update, all options": compile_update(architecture, extras=True),
+        "averaging, C=2 M=64": compile_averaging(architecture, 2, members=64),
+        **{
+            f"averaging, C={classes}": compile_averaging(architecture, classes)
+            for classes in (100, 1000, 21841)
+        },
+    }
+
+
+def table(compiled: dict[int, dict[str, Compiled]]) -> "Table":
+    """One row per kernel, variant and architecture; 80 columns wide."""
+    from rich.table import Table
+
+    shown = Table(
+        title="Triton kernels as compiled",
+        caption=CAPTION,
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        box=None,
+    )
+    for heading in HEADINGS:
+        shown.add_column(heading)
+    for architecture, found in compiled.items():
+        for name, variant in found.items():
+            shown.add_row(*_row(name, architecture, variant))
+    return shown
+
+
+def _row(name: str, architecture: int, compiled: Compiled) -> tuple[str, ...]:
+    load, store = (max(bits for kind, bits in compiled.vectors if kind == wanted) for wanted in ("ld", "st"))
+    if name.startswith("update"):
+        moved = str(bytes_per_parameter(compiled))
+    else:
+        moved = f"{bytes_per_logit(compiled)} + {bytes_of_statistics(compiled)}"
     occupancy = f"{compiled.registers} ({compiled.occupancy:.0%})"
     shared = str(compiled.shared_bytes)
-    return name, f"sm_{architecture}", occupancy, shared, str(compiled.spills), widest, bytes_moved, "1"
+    return (
+        name,
+        f"sm_{architecture}",
+        occupancy,
+        shared,
+        str(compiled.spills),
+        f"{load}, {store}",
+        moved,
+        "1",
+    )
 
 
 def main() -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(
-        title="Triton kernels as compiled; an access wider than 32 bits is a vector or a 64-bit scalar"
-    )
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in rows():
-        table.add_row(*row)
-    Console().print(table)
+    Console().print(table({architecture: variants(architecture) for architecture in ARCHITECTURES}))
 
 
 if __name__ == "__main__":

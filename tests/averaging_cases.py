@@ -19,7 +19,7 @@ def cases(draw: Any, most_classes: int) -> dict[str, Any]:
     members, samples = draw(strategies.integers(1, 7)), draw(strategies.integers(0, 20))
     classes = draw(strategies.one_of(strategies.integers(2, 20), strategies.integers(2, most_classes)))
     torch.manual_seed(draw(strategies.integers(0, 1000)))
-    spread = draw(strategies.sampled_from([0.1, 3.0, 30.0]))
+    spread = draw(strategies.sampled_from([0.1, 3.0, 30.0, 1e4]))
     permutation = draw(strategies.permutations([0, 1, 2]))
     sizes = [(members, samples, classes)[axis] for axis in permutation]
     inverse = [permutation.index(axis) for axis in range(3)]
@@ -29,16 +29,49 @@ def cases(draw: Any, most_classes: int) -> dict[str, Any]:
         "logits": logits,
         "labels": torch.randint(classes, (samples,)) if draw(strategies.booleans()) else None,
         "joining": joining,
-        "weights_M": torch.rand(members).add(0.1).tolist()
-        if draw(strategies.booleans())
-        else [1.0] * members,
-        "temperature": draw(strategies.sampled_from([1.0, 0.5, 3.0])),
+        "weights_M": draw(weights(members)),
+        "temperature": draw(strategies.sampled_from([1.0, 0.5, 0.7, 3.0])),
         "probabilities": draw(strategies.booleans()),
     }
 
 
+def large_cases() -> list[dict[str, Any]]:
+    """ImageNet-21k, small and large logits, and 64 members."""
+    torch.manual_seed(0)
+    sizes = [(2, 3, 21_841, 4.0, 1.0), (2, 3, 21_841, 30.0, 0.7), (3, 2, 21_841, 0.01, 1.0)]
+    sizes += [(2, 2, 21_841, 1e4, 0.7), (64, 5, 10, 4.0, 1.0), (64, 5, 2, 1e4, 0.7)]
+    return [
+        {
+            "logits": torch.randn(members, samples, classes) * spread,
+            "labels": torch.randint(classes, (samples,)),
+            "joining": list(range(members)),
+            "weights_M": [1.0] * members,
+            "temperature": temperature,
+            "probabilities": True,
+        }
+        for members, samples, classes, spread, temperature in sizes
+    ]
+
+
+def weights(members: int) -> strategies.SearchStrategy[list[float]]:
+    """Equal, of the same size, or of very different sizes, which may all be beyond the range of fp32."""
+    numbers = strategies.floats(0.1, 1.0)
+    scales = strategies.sampled_from([1e-15, 1.0, 1e15])
+    uneven = strategies.builds(lambda number, scale: number * scale, numbers, scales)
+    unit = strategies.sampled_from([1e-200, 1.0, 1e200])
+    return strategies.one_of(
+        strategies.just([1.0] * members),
+        strategies.lists(numbers, min_size=members, max_size=members),
+        strategies.builds(
+            lambda factors, unit: [factor * unit for factor in factors],
+            strategies.lists(uneven, min_size=members, max_size=members),
+            unit,
+        ),
+    )
+
+
 def check_against_float64(case: dict[str, Any], got: EnsembleStatistics, invalid_M: Tensor) -> None:
-    exact, _ = reference_averaging(**case | {"logits": case["logits"].double()})
+    exact, _ = reference_averaging(**case)
     assert not invalid_M.any()
     assert (got.probabilities is None) == (not case["probabilities"])
     for name in (*("confidence", "sum_of_squares", "entropy", "mutual_information"), "label_log_probability"):
@@ -64,8 +97,10 @@ def _check(name: str, got: Tensor | None, exact: Tensor | None) -> None:
 def _decided(case: dict[str, Any]) -> Tensor:
     """[M, N], where no two averaged probabilities lie within 1e-6 of each other, relative to the larger one."""
     logits_MNC = case["logits"].double()[case["joining"]] / case["temperature"]
-    weights = torch.tensor(case["weights_M"], dtype=torch.float64)[:, None, None]
-    sums_MNC = (weights * logits_MNC.softmax(2)).cumsum(0)
+    weights_M11 = torch.tensor(case["weights_M"], dtype=torch.float64, device=logits_MNC.device)[
+        :, None, None
+    ]
+    sums_MNC = (weights_M11 / weights_M11.max() * logits_MNC.softmax(2)).cumsum(0)
     ordered = sums_MNC.sort(2).values
     apart = (ordered[:, :, 1:] - ordered[:, :, :-1] > 1e-6 * ordered[:, :, 1:]) & (ordered[:, :, 1:] > 1e-30)
     votes = logits_MNC.sort(2).values

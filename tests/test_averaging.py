@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from averaging_cases import cases, check_against_float64
+from averaging_cases import cases, check_against_float64, large_cases
 from hypothesis import given
 
 from fastsnap.kernels.averaging import average_members
@@ -14,18 +14,9 @@ def test_agrees_with_float64(case):
     check_against_float64(case, *cpu_averaging(**case))
 
 
-def test_imagenet_21k_and_64_members_agree_with_float64():
-    torch.manual_seed(0)
-    for members, samples, classes in ((2, 3, 21_841), (64, 5, 10)):
-        case = {
-            "logits": torch.randn(members, samples, classes) * 4,
-            "labels": torch.randint(classes, (samples,)),
-            "joining": range(members),
-            "weights_M": [1.0] * members,
-            "temperature": 1.0,
-            "probabilities": True,
-        }
-        check_against_float64(case, *cpu_averaging(**case))
+@pytest.mark.parametrize("case", large_cases())
+def test_many_classes_or_members_agree_with_float64(case):
+    check_against_float64(case, *cpu_averaging(**case))
 
 
 def test_order_of_the_members_decides_which_join_first():
@@ -68,6 +59,56 @@ def test_huge_logits_give_finite_statistics(size):
     assert statistics.prediction.eq(0).all()
 
 
+def test_a_tiny_temperature_gives_finite_statistics():
+    logits = torch.tensor([[[3e38, -3e38, 1.0]]])
+    statistics = average_members(logits, torch.tensor([1]), temperature=1e-30)
+    assert statistics.prediction.item() == 0
+    assert statistics.label_log_probability.isfinite().all()
+    assert statistics.entropy.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weights", [[1e-87] * 3, [1e300] * 3, [5e-324] * 3, [1.7e308] * 3, torch.ones(3, dtype=torch.float16)]
+)
+def test_only_the_ratios_of_the_weights_matter(weights):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 4, 5), torch.arange(4)
+    ours, equal = average_members(logits, labels, weights=weights), average_members(logits, labels)
+    for name in ("confidence", "label_log_probability", "entropy", "mutual_information", "prediction"):
+        assert torch.equal(getattr(ours, name), getattr(equal, name))
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_a_member_that_outweighs_the_others_decides_alone_from_when_it_joins(order):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, 5)
+    uneven = average_members(logits, weights=[1e39, 1.0, 1.0], order=order)
+    heavy, light = average_members(logits[:1]), average_members(logits[1:], order=order)
+    torch.testing.assert_close(uneven.confidence[-1], heavy.confidence[0])
+    if order == "first":
+        torch.testing.assert_close(uneven.confidence[0], heavy.confidence[0])
+    else:
+        torch.testing.assert_close(uneven.entropy[:2], light.entropy)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32]
+)
+def test_labels_of_any_integer_type(dtype):
+    labels = torch.tensor([0, 1, 1])
+    expected = average_members(LOGITS, labels).label_rank
+    assert torch.equal(average_members(LOGITS, labels.to(dtype)).label_rank, expected)
+
+
+def test_logits_and_labels_stored_negated():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4), torch.tensor([0, -1, -2])
+    lazy = average_members(torch._neg_view(logits), torch._neg_view(labels))
+    expected = average_members(-logits, -labels)
+    assert torch.equal(lazy.confidence, expected.confidence)
+    assert torch.equal(lazy.label_rank, expected.label_rank)
+
+
 def test_label_probability_is_the_exponential():
     statistics = average_members(torch.zeros(1, 4, 5), torch.arange(4))
     torch.testing.assert_close(statistics.label_probability, torch.full((1, 4), 0.2))
@@ -105,10 +146,36 @@ LOGITS = torch.zeros(2, 3, 4)
         (LOGITS, torch.tensor([0, 1, 4]), {}, r"0\.\.3, got 0\.\.4"),
         (LOGITS, torch.tensor([0, -1, 3]), {}, r"0\.\.3, got -1\.\.3"),
         (LOGITS, None, {"order": "best"}, "order must be"),
-        (LOGITS, None, {"temperature": 0.0}, "temperature must be"),
-        (LOGITS, None, {"temperature": float("nan")}, "temperature must be"),
+        ([LOGITS[0]], None, {}, "logits must be one tensor, got list"),
+        (LOGITS.to(torch.float8_e4m3fn), None, {}, "logits must be floats of 16, 32 or 64 bits.*float8"),
+        (LOGITS.to(torch.complex64), None, {}, "logits must be floats .*complex64"),
+        (
+            LOGITS.to("meta"),
+            None,
+            {},
+            r"logits must be strided on cpu or cuda, got torch.strided on meta: .*cpu\(\)",
+        ),
+        (LOGITS.to_sparse(), None, {}, r"logits must be strided .*sparse_coo on cpu: .*to_dense\(\)"),
+        (LOGITS, [0, 1, 2], {}, "labels must be a tensor, got list"),
+        (LOGITS, torch.zeros(3, dtype=torch.complex64), {}, "labels must be integers .*complex64"),
+        (LOGITS, torch.zeros(3, dtype=torch.int64, device="meta"), {}, "labels must be integers .*on meta"),
+        (
+            LOGITS,
+            torch.ones(3, dtype=torch.int64).to_sparse(),
+            {},
+            "labels must be .*strided on cpu.*sparse_coo",
+        ),
+        (LOGITS, None, {"temperature": 0.0}, r"temperature must lie in 1\.2e-38\.\.3\.4e\+38, got 0\.0"),
+        (LOGITS, None, {"temperature": float("nan")}, "temperature must lie in"),
+        (LOGITS, None, {"temperature": 1e-50}, "temperature must lie in"),
+        (LOGITS, None, {"temperature": 1e39}, "temperature must lie in"),
+        (LOGITS, None, {"temperature": None}, "temperature must lie in"),
         (LOGITS, None, {"weights": [1.0]}, "weights must be 2"),
         (LOGITS, None, {"weights": [1.0, 0.0]}, "leave a member out"),
+        (LOGITS, None, {"weights": [1.0, float("inf")]}, "weights must be 2 finite numbers"),
+        (LOGITS, None, {"weights": "ab"}, "weights must be 2 finite numbers"),
+        (LOGITS, None, {"weights": torch.ones(2, 2)}, "weights must be 2 finite numbers"),
+        (LOGITS.double() + 1e300, None, {}, "logits must be finite in fp32"),
     ],
 )
 def test_bad_arguments_are_refused(logits, labels, options, message):
