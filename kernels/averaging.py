@@ -10,7 +10,6 @@ This file is the contract, the reference and the choice of the kernel (`averagin
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -164,19 +163,6 @@ def _checked_weights(weights: Tensor | Sequence[float] | None, members: int) -> 
             "leave a member out instead of giving it weight 0"
         )
     return weights_M
-
-
-def shares(weights_M: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Shares of the weight of the members so far: of those before a member, and of the member that joins.
-
-    In units of the smallest fp64 number all weights are integers, so that none overflows or vanishes, however large or
-    small; a share too small for the type it ends in is 0.
-    """
-    ratios = [weight.as_integer_ratio() for weight in weights_M]
-    integers = [numerator * (2**1074 // denominator) for numerator, denominator in ratios]
-    totals = list(accumulate(integers))
-    pairs = list(zip(integers, totals, strict=True))
-    return [(total - weight) / total for weight, total in pairs], [weight / total for weight, total in pairs]
 
 
 def _require_finite(invalid: dict[int, int], samples: int) -> None:

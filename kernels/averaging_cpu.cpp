@@ -17,7 +17,6 @@ constexpr int64_t BLOCK = 256;  // classes
 constexpr int64_t PADDING = 16;  // classes; rows are padded with impossible classes, so that loops have no remainders
 
 constexpr float LARGEST = 3.4028235e38f;  // finite number
-
 struct Row {
     float best;
     int invalid;  // whether a logit is NaN or infinite
@@ -102,8 +101,7 @@ struct Reduction {
     double squares, entropy;
 };
 
-// means -> keep * means + share * powers
-CLONES Reduction add_and_reduce(float* means, const float* powers, int64_t classes, float keep, float share) {
+CLONES Reduction add_and_reduce(float* sums, const float* powers, int64_t classes, float factor, float inverse_total) {
     Reduction all{0, 0, 0};
     float best = 0;
     for (int64_t begin = 0; begin < classes; begin += BLOCK) {
@@ -111,9 +109,9 @@ CLONES Reduction add_and_reduce(float* means, const float* powers, int64_t class
         float squares = 0, entropy = 0;
 #pragma omp simd reduction(+ : squares, entropy) reduction(max : best)
         for (int64_t c = begin; c < end; ++c) {
-            const float probability = keep * means[c] + share * powers[c];
-            means[c] = probability;
-            best = probability > best ? probability : best;
+            sums[c] += factor * powers[c];
+            best = sums[c] > best ? sums[c] : best;
+            const float probability = sums[c] * inverse_total;
             squares += probability * probability;
             entropy -= probability * log_of_probability(probability);
         }
@@ -130,8 +128,8 @@ struct Averaging {  // the same layout as AveragingArguments in averaging_cpu.py
     const void* logits;
     int64_t type, member_stride, sample_stride, class_stride;
     int64_t members, samples, classes;
-    const int64_t* order;  // [M] members in the order in which they join; the shares and invalid are in this order
-    const double *before, *joining;  // [M] shares of the average: of the members before, and of the one that joins
+    const int64_t* order;  // [M] members in the order in which they join; the weights and invalid are in this order
+    const double *rescalings, *weights, *totals;  // [M], see weight_tables
     const int64_t* labels;  // [N] or null
     int64_t* prediction;  // [M, N], as all down to disagreement
     float* confidence;
@@ -149,17 +147,17 @@ struct Averaging {  // the same layout as AveragingArguments in averaging_cpu.py
 
 namespace {
 
-struct Share {
-    double before, joining, log_before, log_joining;
+struct Weight {
+    double rescaling, value, total, log_rescaling, log_value, log_total;
 };
 
 struct Scratch {  // of one thread
-    std::vector<float> means, values;  // [padded classes]
+    std::vector<float> sums, values;  // [padded classes]
     std::vector<int32_t> votes;  // [M]
 };
 
 struct Progress {  // of one sample
-    double entropy_of_members = 0, log_label = -INFINITY;
+    double entropies = 0, log_label = -INFINITY;
 };
 
 double add_logs(double a, double b) {  // log(exp(a) + exp(b))
@@ -179,59 +177,64 @@ float read_logits(const Averaging& job, int64_t m, int64_t sample, float* values
     return row.best;
 }
 
-void add_member(const Averaging& job, int64_t m, int64_t sample, float best, const Share& share, Scratch& scratch,
+void add_member(const Averaging& job, int64_t m, int64_t sample, float best, const Weight& weight, Scratch& scratch,
                 Progress& progress) {
-    const int64_t out = m * job.samples + sample, padded = static_cast<int64_t>(scratch.means.size());
+    const int64_t out = m * job.samples + sample, padded = static_cast<int64_t>(scratch.sums.size());
     const int32_t classes = static_cast<int32_t>(padded);
-    float *means = scratch.means.data(), *values = scratch.values.data();
+    float *sums = scratch.sums.data(), *values = scratch.values.data();
     scratch.votes[m] = first_index(values, classes, best);
     const double label_distance =
         job.labels == nullptr ? 0 : (static_cast<double>(values[job.labels[sample]]) - best) / job.temperature;
     const Softmax softmax = softmax_of(values, padded, best, static_cast<float>(job.temperature));
-    const Reduction mean = add_and_reduce(means, values, padded, static_cast<float>(share.before),
-                                          static_cast<float>(share.joining / softmax.sum));
-    const int32_t prediction = first_index(means, classes, mean.best);
-    progress.entropy_of_members = share.before * progress.entropy_of_members + share.joining * softmax.entropy;
+    if (weight.rescaling != 1)
+        for (int64_t c = 0; c < padded; ++c) sums[c] *= static_cast<float>(weight.rescaling);
+    const Reduction mean = add_and_reduce(sums, values, padded, static_cast<float>(weight.value / softmax.sum),
+                                          static_cast<float>(1 / weight.total));
+    const int32_t prediction = first_index(sums, classes, mean.best);
+    progress.entropies = weight.rescaling * progress.entropies + weight.value * softmax.entropy;
     job.prediction[out] = prediction;
-    job.confidence[out] = mean.best;
+    job.confidence[out] = static_cast<float>(mean.best / weight.total);
     job.sum_of_squares[out] = static_cast<float>(mean.squares);
     job.entropy[out] = static_cast<float>(mean.entropy);
-    job.mutual_information[out] = static_cast<float>(std::fmax(mean.entropy - progress.entropy_of_members, 0));
+    job.mutual_information[out] = static_cast<float>(std::fmax(mean.entropy - progress.entropies / weight.total, 0));
     int32_t against = 0;
     for (int64_t voter = 0; voter <= m; ++voter) against += scratch.votes[voter] != prediction;
     job.disagreement[out] = against;
     if (job.labels == nullptr) return;
-    progress.log_label = add_logs(share.log_before + progress.log_label,
-                                  share.log_joining + label_distance - softmax.log_sum);
-    job.label_log_probability[out] = static_cast<float>(std::fmax(progress.log_label, -LARGEST));
-    job.label_rank[out] = classes_before(means, classes, static_cast<int32_t>(job.labels[sample]));
+    progress.log_label = add_logs(weight.log_rescaling + progress.log_label,
+                                  weight.log_value + label_distance - softmax.log_sum);
+    job.label_log_probability[out] = static_cast<float>(std::fmax(progress.log_label - weight.log_total, -LARGEST));
+    job.label_rank[out] = classes_before(sums, classes, static_cast<int32_t>(job.labels[sample]));
 }
 
 template <typename Type>
-void average_sample(const Averaging& job, int64_t sample, const std::vector<Share>& shares, Scratch& scratch) {
-    std::fill(scratch.means.begin(), scratch.means.end(), 0.0f);
+void average_sample(const Averaging& job, int64_t sample, const std::vector<Weight>& weights, Scratch& scratch) {
+    std::fill(scratch.sums.begin(), scratch.sums.end(), 0.0f);
     Progress progress;
     for (int64_t m = 0; m < job.members; ++m) {
         std::fill(scratch.values.begin() + job.classes, scratch.values.end(), -INFINITY);
         const float best = read_logits<Type>(job, m, sample, scratch.values.data());
-        add_member(job, m, sample, best, shares[m], scratch, progress);
+        add_member(job, m, sample, best, weights[m], scratch, progress);
     }
     if (job.probabilities == nullptr) return;
-    std::copy_n(scratch.means.begin(), job.classes, job.probabilities + sample * job.classes);
+    for (int64_t c = 0; c < job.classes; ++c)
+        job.probabilities[sample * job.classes + c] = static_cast<float>(scratch.sums[c] / weights.back().total);
 }
 
 template <typename Type>
 void average_samples(const Averaging& job) {
-    std::vector<Share> shares;
-    for (int64_t m = 0; m < job.members; ++m)
-        shares.push_back({job.before[m], job.joining[m], std::log(job.before[m]), std::log(job.joining[m])});
+    std::vector<Weight> weights;
+    for (int64_t m = 0; m < job.members; ++m) {
+        const double rescaling = job.rescalings[m], value = job.weights[m], total = job.totals[m];
+        weights.push_back({rescaling, value, total, std::log(rescaling), std::log(value), std::log(total)});
+    }
     const size_t padded = static_cast<size_t>((job.classes + PADDING - 1) / PADDING * PADDING);
 #pragma omp parallel num_threads(static_cast<int>(job.threads))
     {
-        Scratch scratch{std::vector<float>(padded), std::vector<float>(padded), std::vector<int32_t>(shares.size())};
+        Scratch scratch{std::vector<float>(padded), std::vector<float>(padded), std::vector<int32_t>(weights.size())};
 #pragma omp for schedule(static)
         for (int64_t sample = 0; sample < job.samples; ++sample)
-            average_sample<Type>(job, sample, shares, scratch);
+            average_sample<Type>(job, sample, weights, scratch);
     }
 }
 

@@ -7,13 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .averaging import PER_SAMPLE, EnsembleStatistics, empty_statistics, shares
+from .averaging import PER_SAMPLE, EnsembleStatistics, empty_statistics
+from .averaging_weights import weight_tables
 from .cpu import address, library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INTEGERS = (
     *("logits", "type", "member_stride", "sample_stride", "class_stride", "members", "samples", "classes"),
-    *("order", "before", "joining", "labels", *PER_SAMPLE, "probabilities", "invalid", "threads"),
+    *(
+        "order",
+        "rescalings",
+        "weights",
+        "totals",
+        "labels",
+        *PER_SAMPLE,
+        "probabilities",
+        "invalid",
+        "threads",
+    ),
 )
 
 
@@ -36,7 +47,7 @@ def cpu_averaging(
     invalid_M = torch.zeros(len(logits), dtype=torch.int64)
     labels = None if labels is None else labels.long().contiguous()
     order_table = array("q", joining)
-    shares_before, shares_joining = (array("d", table) for table in shares(weights_M))
+    rescalings, weights, totals = (array("d", table) for table in weight_tables(weights_M))
     members, samples, classes = logits.shape
     outputs = {name: address(getattr(statistics, name)) for name in (*PER_SAMPLE, "probabilities")}
     arguments = AveragingArguments(
@@ -47,8 +58,9 @@ def cpu_averaging(
         samples=samples,
         classes=classes,
         order=order_table.buffer_info()[0],
-        before=shares_before.buffer_info()[0],
-        joining=shares_joining.buffer_info()[0],
+        rescalings=rescalings.buffer_info()[0],
+        weights=weights.buffer_info()[0],
+        totals=totals.buffer_info()[0],
         labels=address(labels),
         **outputs,
         invalid=invalid_M.data_ptr(),

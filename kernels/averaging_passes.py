@@ -72,12 +72,12 @@ def normaliser(
 
 
 @triton.jit
-def join_label(best_N, sum_N, before, joining, label_N):
-    """The label's averaged probability, exp(best) * sum, after a member that gives it exp(label_N) has joined.
+def join_label(best_N, sum_N, rescaling, weight, label_N):
+    """The label's weighted sum of probabilities, exp(best) * sum, after a member that gives it exp(label_N) has joined.
 
-    A member whose share is 0 in fp32 must not decide what the sum is relative to.
+    A member whose weight is 0 in fp32 must not decide what the sum is relative to.
     """
-    best_N = tl.where(before > 0, best_N, float("-inf"))
-    label_N = tl.where(joining > 0, label_N, float("-inf"))
+    best_N = tl.where(rescaling > 0, best_N, float("-inf"))
+    label_N = tl.where(weight > 0, label_N, float("-inf"))
     high_N = tl.maximum(best_N, label_N)
-    return high_N, before * sum_N * tl.exp(best_N - high_N) + joining * tl.exp(label_N - high_N)
+    return high_N, rescaling * sum_N * tl.exp(best_N - high_N) + weight * tl.exp(label_N - high_N)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .averaging import EnsembleStatistics, shares
+from .averaging import EnsembleStatistics
 from .averaging_passes import (
     LOWEST,
     below_best,
@@ -24,6 +24,7 @@ from .averaging_passes import (
     normaliser,
     read_block,
 )
+from .averaging_weights import weight_tables
 
 FLOATS = ("confidence", "sum_of_squares", "entropy", "mutual_information", "label_log_probability")
 INTEGERS = ("disagreement", "label_rank")
@@ -40,13 +41,14 @@ WIDEST_LOAD = 16  # bytes
 def averaging_kernel(
     logits,  # [M, N, C], any float type
     labels,  # int64 [N] or None
-    order,  # int64 [M], members in the order in which they join; the shares and invalid are in this order
-    before,  # fp32 [M], share of the average of the members before
-    joining,  # fp32 [M], and of the member that joins
+    order,  # int64 [M], members in the order in which they join; the weights and invalid are in this order
+    rescalings,  # fp32 [M], see weight_tables
+    weights,  # fp32 [M]
+    totals,  # fp32 [M]
     prediction,  # int64 [M, N]
     floats,  # fp32 [5 (4 without labels), M, N], in the order of FLOATS
     integers,  # int32 [2 (1 without labels), M, N], in the order of INTEGERS
-    probabilities,  # fp32 [N, C]; may be None if all classes fit into one block
+    probabilities,  # fp32 [N, C]; None is possible if all classes fit into one block, else they stay weighted sums
     invalid,  # int64 [M]
     members,
     samples,
@@ -67,17 +69,18 @@ def averaging_kernel(
     if labels is not None:
         label_N = tl.load(labels + sample_N, mask=present_N, other=0).to(tl.int32)
     if probabilities is not None:
-        means_N = probabilities + sample_N * classes
-    mean_NC = tl.zeros([SAMPLES, CLASSES], tl.float32)
+        sums_N = probabilities + sample_N * classes
+    sum_NC = tl.zeros([SAMPLES, CLASSES], tl.float32)
     vote_V = tl.arange(0, VOTES)
     votes_NV = tl.zeros([SAMPLES, VOTES], tl.int32)
-    member_entropy_N = tl.zeros([SAMPLES], tl.float32)
+    entropies_N = tl.zeros([SAMPLES], tl.float32)
     label_best_N = tl.full([SAMPLES], float("-inf"), tl.float32)
     label_sum_N = tl.zeros([SAMPLES], tl.float32)
     place_N = sample_N  # in [M, N]
     for m in range(members):
-        share_before = tl.load(before + m)
-        share_joining = tl.load(joining + m)
+        rescaling = tl.load(rescalings + m)
+        weight = tl.load(weights + m)
+        total = tl.load(totals + m)
         logits_N = logits + tl.multiple_of(
             tl.load(order + m) * member_stride + sample_N * sample_stride, VECTOR
         )
@@ -90,9 +93,9 @@ def averaging_kernel(
         mass_N, entropy_N = normaliser(
             row_NC, logits_N, class_stride, present_N, best_N, temperature, classes, CLASSES
         )
-        member_entropy_N = share_before * member_entropy_N + share_joining * entropy_N
+        entropies_N = rescaling * entropies_N + weight * entropy_N
 
-        factor_N = share_joining / mass_N
+        factor_N = weight / mass_N
         top_NC = tl.full([SAMPLES, CLASSES], -1.0, tl.float32)
         predicted_NC = tl.zeros([SAMPLES, CLASSES], tl.int32)
         squares_NC = tl.zeros([SAMPLES, CLASSES], tl.float32)
@@ -103,19 +106,20 @@ def averaging_kernel(
             inside = present_N[:, None] & (class_C < classes)[None, :]
             logit_NC = block_of(row_NC, logits_N, class_C, class_stride, present_N, classes)
             if not ONE_BLOCK:
-                mean_NC = tl.load(means_N[:, None] + class_C[None, :], mask=inside & (m > 0), other=0.0)
+                sum_NC = tl.load(sums_N[:, None] + class_C[None, :], mask=inside & (m > 0), other=0.0)
             power_NC = tl.exp(below_best(logit_NC, best_N, temperature))
-            mean_NC = share_before * mean_NC + factor_N[:, None] * power_NC
+            sum_NC = rescaling * sum_NC + factor_N[:, None] * power_NC
             if not ONE_BLOCK:
-                tl.store(means_N[:, None] + class_C[None, :], mean_NC, mask=inside)
-            predicted_NC = tl.where(mean_NC > top_NC, class_C[None, :], predicted_NC)
-            top_NC = tl.maximum(top_NC, mean_NC)
+                tl.store(sums_N[:, None] + class_C[None, :], sum_NC, mask=inside)
+            predicted_NC = tl.where(sum_NC > top_NC, class_C[None, :], predicted_NC)
+            top_NC = tl.maximum(top_NC, sum_NC)
+            mean_NC = sum_NC / total
             squares_NC += mean_NC * mean_NC
             entropy_NC -= mean_NC * tl.log(tl.maximum(mean_NC, 1e-37))
             if labels is not None:
-                of_label_NC += tl.where(class_C[None, :] == label_N[:, None], mean_NC, 0.0)
+                of_label_NC += tl.where(class_C[None, :] == label_N[:, None], sum_NC, 0.0)
         if not ONE_BLOCK:
-            tl.debug_barrier()  # the thread that reads an average need not be the one that wrote it
+            tl.debug_barrier()  # the thread that reads a sum need not be the one that wrote it
 
         top_N, predicted_N = largest(top_NC, predicted_NC)
         entropy_N = tl.sum(entropy_NC, 1)
@@ -124,31 +128,31 @@ def averaging_kernel(
         tl.store(prediction + place_N, predicted_N.to(tl.int64), mask=present_N)
         floats_N = floats + place_N
         integers_N = integers + place_N
-        tl.store(floats_N, top_N, mask=present_N)
+        tl.store(floats_N, top_N / total, mask=present_N)
         floats_N += plane  # added, not multiplied: a product could exceed 32 bits
         tl.store(floats_N, tl.sum(squares_NC, 1), mask=present_N)
         floats_N += plane
         tl.store(floats_N, entropy_N, mask=present_N)
         floats_N += plane
-        tl.store(floats_N, tl.maximum(entropy_N - member_entropy_N, 0.0), mask=present_N)
+        tl.store(floats_N, tl.maximum(entropy_N - entropies_N / total, 0.0), mask=present_N)
         tl.store(integers_N, tl.sum(against_NV.to(tl.int32), 1), mask=present_N)
         if labels is not None:
             logit_N = tl.load(logits_N + label_N.to(tl.int64) * class_stride, mask=present_N, other=0.0)
             below_N = tl.maximum((logit_N.to(tl.float32) - best_N) / temperature, LOWEST)
             label_best_N, label_sum_N = join_label(
-                label_best_N, label_sum_N, share_before, share_joining, below_N - tl.log(mass_N)
+                label_best_N, label_sum_N, rescaling, weight, below_N - tl.log(mass_N)
             )
-            log_probability_N = tl.maximum(label_best_N + tl.log(label_sum_N), LOWEST)
+            log_probability_N = tl.maximum(label_best_N + tl.log(label_sum_N / total), LOWEST)
             tl.store(floats_N + plane, log_probability_N, mask=present_N)
-            label_mean_N = tl.sum(of_label_NC, 1)
+            label_value_N = tl.sum(of_label_NC, 1)
             before_NC = tl.zeros([SAMPLES, CLASSES], tl.int32)
             for begin in range(0, classes, CLASSES):
                 class_C = begin + tl.arange(0, CLASSES)
                 if not ONE_BLOCK:
                     inside = present_N[:, None] & (class_C < classes)[None, :]
-                    mean_NC = tl.load(means_N[:, None] + class_C[None, :], mask=inside, other=-1.0)
-                tied = (mean_NC == label_mean_N[:, None]) & (class_C[None, :] < label_N[:, None])
-                before_NC += ((mean_NC > label_mean_N[:, None]) | tied).to(tl.int32)
+                    sum_NC = tl.load(sums_N[:, None] + class_C[None, :], mask=inside, other=-1.0)
+                tied = (sum_NC == label_value_N[:, None]) & (class_C[None, :] < label_N[:, None])
+                before_NC += ((sum_NC > label_value_N[:, None]) | tied).to(tl.int32)
             tl.store(integers_N + plane, tl.sum(before_NC, 1), mask=present_N)
             if not ONE_BLOCK:
                 tl.debug_barrier()
@@ -157,7 +161,7 @@ def averaging_kernel(
     if ONE_BLOCK and probabilities is not None:
         class_C = tl.arange(0, CLASSES)
         inside = present_N[:, None] & (class_C < classes)[None, :]
-        tl.store(means_N[:, None] + class_C[None, :], mean_NC, mask=inside)
+        tl.store(sums_N[:, None] + class_C[None, :], sum_NC / total, mask=inside)
 
 
 def aligned_elements(logits: Tensor) -> int:
@@ -206,6 +210,7 @@ def triton_averaging(
     integers = torch.empty(1 + of_label, members, samples, dtype=torch.int32, device=device)
     invalid_M = torch.zeros(members, dtype=torch.int64, device=device)
     sizes = tiles(logits)
+    tables = weight_tables(weights_M)
     written = probabilities or classes > sizes["CLASSES"]
     mean = torch.empty(samples, classes, device=device) if written else None
     if samples:
@@ -214,7 +219,7 @@ def triton_averaging(
                 logits,
                 None if labels is None else labels.long().contiguous(),
                 torch.tensor(joining, device=device),
-                *(torch.tensor(table, dtype=torch.float32, device=device) for table in shares(weights_M)),
+                *(torch.tensor(table, dtype=torch.float32, device=device) for table in tables),
                 prediction,
                 floats,
                 integers,
@@ -229,5 +234,6 @@ def triton_averaging(
             )
     fields = dict(zip(FLOATS, floats, strict=False)) | dict(zip(INTEGERS, integers, strict=False))
     fields = {"label_log_probability": None, "label_rank": None} | fields
-    mean = mean if probabilities else None
+    if mean is not None and classes > sizes["CLASSES"]:
+        mean = mean.div_(tables[2][-1]) if probabilities else None
     return EnsembleStatistics(prediction=prediction, probabilities=mean, **fields), invalid_M

@@ -166,13 +166,15 @@ def compile_averaging(architecture: int, classes: int, *, members: int = 6) -> C
     logits = torch.empty(members, 1024, classes, device="meta")
     constants: dict[str, Any] = tiles(logits) | {"class_stride": 1}
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
-    arguments = {"logits": "*fp32", "labels": "*i64", "order": "*i64", "before": "*fp32", "joining": "*fp32"}
+    arguments = {"logits": "*fp32", "labels": "*i64", "order": "*i64"}
+    arguments |= {"rescalings": "*fp32", "weights": "*fp32", "totals": "*fp32"}
     arguments |= {"prediction": "*i64", "floats": "*fp32", "integers": "*i32", "invalid": "*i64"}
     arguments |= dict.fromkeys(("members", "samples", "plane", "member_stride", "sample_stride"), "i32")
-    arguments |= {"temperature": "fp32"}
-    one_block = classes <= constants["CLASSES"]
-    arguments |= {} if one_block else {"probabilities": "*fp32"}
-    constants |= {"probabilities": None} if one_block else {}
+    arguments["temperature"] = "fp32"
+    if classes <= constants["CLASSES"]:
+        constants["probabilities"] = None
+    else:
+        arguments["probabilities"] = "*fp32"
     return compile_kernel(averaging_kernel, arguments, constants, architecture, **options)
 
 
@@ -204,13 +206,9 @@ def table(compiled: dict[int, dict[str, Compiled]]) -> "Table":
     """One row per kernel, variant and architecture; 80 columns wide."""
     from rich.table import Table
 
+    title = "Triton kernels as compiled"
     shown = Table(
-        title="Triton kernels as compiled",
-        caption=CAPTION,
-        caption_justify="left",
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        box=None,
+        title=title, caption=CAPTION, caption_justify="left", padding=(0, 1, 0, 0), pad_edge=False, box=None
     )
     for heading in HEADINGS:
         shown.add_column(heading)
@@ -226,8 +224,7 @@ def _row(name: str, architecture: int, compiled: Compiled) -> tuple[str, ...]:
         moved = str(bytes_per_parameter(compiled))
     else:
         moved = f"{bytes_per_logit(compiled)} + {bytes_of_statistics(compiled)}"
-    occupancy = f"{compiled.registers} ({compiled.occupancy:.0%})"
-    shared = str(compiled.shared_bytes)
+    occupancy, shared = f"{compiled.registers} ({compiled.occupancy:.0%})", str(compiled.shared_bytes)
     return (
         name,
         f"sm_{architecture}",

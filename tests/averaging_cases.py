@@ -36,20 +36,21 @@ def cases(draw: Any, most_classes: int) -> dict[str, Any]:
 
 
 def large_cases() -> list[dict[str, Any]]:
-    """ImageNet-21k, small and large logits, and 64 members."""
+    """ImageNet-21k, small and large logits, those that are large and yet close to each other, and 64 members."""
     torch.manual_seed(0)
-    sizes = [(2, 3, 21_841, 4.0, 1.0), (2, 3, 21_841, 30.0, 0.7), (3, 2, 21_841, 0.01, 1.0)]
-    sizes += [(2, 2, 21_841, 1e4, 0.7), (64, 5, 10, 4.0, 1.0), (64, 5, 2, 1e4, 0.7)]
+    sizes = [(2, 3, 21_841, 0.0, 4.0, 1.0), (2, 3, 21_841, 0.0, 30.0, 0.7), (3, 2, 21_841, 0.0, 0.01, 1.0)]
+    sizes += [(2, 2, 21_841, 0.0, 1e4, 0.7), (64, 5, 10, 0.0, 4.0, 1.0), (64, 5, 2, 0.0, 1e4, 0.7)]
+    sizes += [(3, 20, 30, 1e4, 1.0, 0.7)]
     return [
         {
-            "logits": torch.randn(members, samples, classes) * spread,
+            "logits": torch.randn(members, samples, classes) * spread + centre,
             "labels": torch.randint(classes, (samples,)),
             "joining": list(range(members)),
             "weights_M": [1.0] * members,
             "temperature": temperature,
             "probabilities": True,
         }
-        for members, samples, classes, spread, temperature in sizes
+        for members, samples, classes, centre, spread, temperature in sizes
     ]
 
 

@@ -32,6 +32,13 @@ def test_ties_go_to_the_smallest_class():
     assert statistics.disagreement.eq(0).all()
 
 
+def test_certain_members_that_are_as_many_for_one_class_as_for_another_tie():
+    logits = torch.zeros(14, 1, 3)
+    logits[:7, 0, 2] = logits[7:, 0, 1] = 1e4
+    statistics = average_members(logits, order="first", weights=[0.3] * 14)
+    assert statistics.prediction.flatten().tolist() == [2] * 13 + [1]
+
+
 def test_disagreement_counts_the_members_against_their_ensemble():
     logits = torch.tensor([[[9.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]])
     statistics = average_members(logits, order="first")

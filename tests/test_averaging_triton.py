@@ -38,6 +38,9 @@ def test_a_member_too_light_for_fp32_counts_as_nothing_and_does_no_harm():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 4, 5), torch.arange(4)
     logits[2, :, 0] = -3e38
+    logits[
+        :2, 1, 1
+    ] = -1000.0  # the light member finds the label of sample 1 far more probable than the others
     for order, weights_M in (([2, 0, 1], [1e-60, 1.0, 1.0]), ([0, 2, 1], [1.0, 1e-60, 1.0])):
         ours, _ = triton_averaging(logits, labels, order, weights_M, 1.0, False)
         alone, _ = triton_averaging(logits[:2], labels, [0, 1], [1.0, 1.0], 1.0, False)
@@ -47,16 +50,24 @@ def test_a_member_too_light_for_fp32_counts_as_nothing_and_does_no_harm():
 
 
 def test_ties_between_blocks_go_to_the_smallest_class():
-    logits = torch.zeros(2, 3, 2500)
+    logits = torch.zeros(2, 4, 2500)
     logits[:, 0, 2400] = logits[:, 0, 1500] = 5.0
     logits[:, 1, 1023] = logits[:, 1, 1024] = 5.0
     logits[0, 2, 1500] = logits[1, 2, 2400] = 5.0  # each member votes for one; their average has both
-    labels = torch.tensor([2400, 1024, 2400])
+    logits[:, 3, 100] = logits[:, 3, 1124] = 5.0  # in the same place of their blocks
+    labels = torch.tensor([2400, 1024, 2400, 1124])
     statistics, _ = triton_averaging(logits, labels, [0, 1], [1.0, 1.0], 1.0, False)
-    assert statistics.prediction.tolist() == [[1500, 1023, 1500], [1500, 1023, 1500]]
-    assert statistics.label_rank[1].tolist() == [1, 1, 1]
-    assert statistics.disagreement.tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert statistics.prediction.tolist() == [[1500, 1023, 1500, 100]] * 2
+    assert statistics.label_rank[1].tolist() == [1, 1, 1, 1]
+    assert statistics.disagreement.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
     assert triton_averaging(logits.zero_(), None, [0, 1], [1.0, 1.0], 1.0, False)[0].prediction.eq(0).all()
+
+
+def test_certain_members_that_are_as_many_for_one_class_as_for_another_tie():
+    logits = torch.zeros(14, 1, 3)
+    logits[:7, 0, 2] = logits[7:, 0, 1] = 1e4
+    statistics, _ = triton_averaging(logits, None, list(range(14)), [0.3] * 14, 1.0, False)
+    assert statistics.prediction.flatten().tolist() == [2] * 13 + [1]
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
