@@ -142,7 +142,7 @@ def averaging_kernel(
             label_best_N, label_sum_N = join_label(
                 label_best_N, label_sum_N, rescaling, weight, below_N - tl.log(mass_N)
             )
-            log_probability_N = tl.maximum(label_best_N + tl.log(label_sum_N / total), LOWEST)
+            log_probability_N = label_best_N + tl.log(label_sum_N / total)
             tl.store(floats_N + plane, log_probability_N, mask=present_N)
             label_value_N = tl.sum(of_label_NC, 1)
             before_NC = tl.zeros([SAMPLES, CLASSES], tl.int32)

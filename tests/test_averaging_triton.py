@@ -96,6 +96,16 @@ def test_logits_that_are_not_finite_are_counted():
     assert invalid_M.tolist() == [2, 0, 1]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_a_tiny_temperature_gives_finite_statistics():
+    logits = torch.tensor([[[3e38, -3e38, 1.0]]])
+    statistics, invalid_M = triton_averaging(logits, torch.tensor([1]), [0], [1.0], 1e-30, False)
+    assert invalid_M.item() == 0
+    assert statistics.label_log_probability.item() < -3e38
+    for name in ("label_log_probability", "entropy", "mutual_information", "confidence"):
+        assert getattr(statistics, name).isfinite().all()
+
+
 def test_invalid_logits_are_counted_in_every_block():
     logits = torch.zeros(1, 3, 2500)
     logits[0, 0, 2499] = logits[0, 2, 0] = -torch.inf
