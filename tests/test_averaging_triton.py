@@ -63,6 +63,13 @@ def test_ties_between_blocks_go_to_the_smallest_class():
     assert triton_averaging(logits.zero_(), None, [0, 1], [1.0, 1.0], 1.0, False)[0].prediction.eq(0).all()
 
 
+def test_mutual_information_of_equal_members_is_not_negative():
+    logits = torch.randn(1, 50, 10, generator=torch.Generator().manual_seed(0)).expand(3, 50, 10)
+    statistics, _ = triton_averaging(logits, None, [0, 1, 2], [1.0] * 3, 1.0, False)
+    assert statistics.mutual_information.min() == 0
+    assert statistics.mutual_information.max() < 4e-6
+
+
 def test_certain_members_that_are_as_many_for_one_class_as_for_another_tie():
     logits = torch.zeros(14, 1, 3)
     logits[:7, 0, 2] = logits[7:, 0, 1] = 1e4
