@@ -12,7 +12,17 @@ ROOT = Path(__file__).parent.parent
 
 # The direction of the data flow: a module may import those of its own line and of the lines before.
 FLOW = (
-    ["allocator", "schedule", "draws", "run_folder", "models", "progress", "flat", "optim_checks", "archives"],
+    [
+        "allocator",
+        "schedule",
+        "draws",
+        "run_folder",
+        "models",
+        "progress",
+        "flat",
+        "optim_checks",
+        "archives",
+    ],
     ["downloads", "datasets", "optim", "apex", "step", "stopping"],
     ["pipeline", "dali_pipeline", "config", "metrics"],
     ["trainer", "evaluate"],
