@@ -30,9 +30,9 @@ LOOPS: dict[str, Callable[..., None]] = {
 }
 NEEDS = {TORCHENSEMBLE: "torchensemble", TIMM: "timm"}
 WORKERS, QUICK_WORKERS = (0, 2), (0,)  # of the opponents' DataLoader: the best counts
-WARM_UP_STEPS, QUICK_WARM_UP_STEPS = 5, 2  # CUDA graphs are captured within them
-TURN_SECONDS, QUICK_TURN_SECONDS = 1.5, 0.4  # of the project; the others take longer for the same steps
-LEAST_STEPS, MOST_STEPS = 3, 2000
+WARM_UP_STEPS, QUICK_WARM_UP_STEPS = 4, 2  # CUDA graphs are captured within them
+TURN_SECONDS, QUICK_TURN_SECONDS = 1.0, 0.4  # of the project; the others take longer for the same steps
+LEAST_STEPS, MOST_STEPS = 2, 2000
 ROUNDS, QUICK_ROUNDS = 5, 2
 
 Workers = dict[str, tuple[int, ...]]  # per opponent, the numbers of workers to try

@@ -1,4 +1,4 @@
-"""The C allocator, told to keep the memory that a training step frees for the next step."""
+"""The C allocator, told to keep the memory that a step frees for the next step."""
 
 import ctypes
 import platform
@@ -11,7 +11,8 @@ KEPT_IN_ALL = 2**30  # bytes free at the top of the heap before any are given ba
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process; returns whether the C library can. For a process that trains, once.
+    """Keep freed memory in this process; returns whether the C library can. For a process of its own that trains
+    or evaluates, once.
 
     The peak does not grow, memory is just not given back in between.
     """

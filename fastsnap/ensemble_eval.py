@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastsnap import __version__
+from fastsnap.allocator import keep_freed_memory
 from fastsnap.config import DEVICES
 from fastsnap.evaluate import BATCH_SIZE, SPLITS, Report, evaluate_run
 from fastsnap.metrics import Metrics
@@ -217,6 +218,7 @@ def _check_json_path(path: str | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one."""
     options = _parser().parse_args(arguments)
+    keep_freed_memory()
     try:
         with stop_signals_raised():
             _evaluate(options)

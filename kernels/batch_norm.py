@@ -1,4 +1,4 @@
-"""relu(batch_norm(input) + shortcut) in training: on a CPU half of what a small ResNet does besides its convolutions.
+"""relu(batch_norm(input) + shortcut): on a CPU half of what a small ResNet does besides its convolutions.
 
 On a GPU torch.compile makes fused kernels of the reference, so there is none of the project's own.
 """
@@ -26,15 +26,19 @@ def fused_batch_norm_relu(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor 
     """
     if not is_fusible(norm, input, shortcut):
         return reference_batch_norm_relu(norm, input, shortcut)
-    from .batch_norm_cpu import BatchNormRelu
+    from .batch_norm_cpu import BatchNormRelu, infer
 
+    if not norm.training:
+        return infer(norm, input, shortcut)
     return BatchNormRelu.apply(norm, input, shortcut, norm.weight, norm.bias)
 
 
 def is_fusible(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether the kernel takes it: in training, on a CPU, in fp32 or bf16, channels-last, a multiple of 16 channels."""
+    """Whether the kernel takes it: in training, or in evaluation without gradients, on a CPU, in fp32 or bf16,
+    channels-last, a multiple of 16 channels.
+    """
     return (
-        norm.training
+        (norm.training or not torch.is_grad_enabled())
         and norm.affine
         and norm.weight.dtype == torch.float32
         and norm.track_running_stats

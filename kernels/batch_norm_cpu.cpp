@@ -17,8 +17,8 @@ struct BatchNorm {  // the same layout as BatchNormArguments in batch_norm_cpu.p
     void* output;
     const float* weight;
     const float* bias;
-    float* mean;               // of the batch
-    float* inverse_deviation;  // of the batch
+    float* mean;               // of the batch, or those to normalise with
+    float* inverse_deviation;  // likewise
     float* running_mean;
     float* running_variance;
     const void* output_gradient;
@@ -26,7 +26,7 @@ struct BatchNorm {  // the same layout as BatchNormArguments in batch_norm_cpu.p
     void* shortcut_gradient;  // may be null
     float* weight_gradient;
     float* bias_gradient;
-    int64_t rows, channels, bfloat16, threads;
+    int64_t rows, channels, bfloat16, training, threads;
     double momentum, epsilon;
 };
 
@@ -209,7 +209,7 @@ void take_moments(const BatchNorm& norm, const Blocks& blocks) {
 template <typename T>
 void forward(const BatchNorm& norm) {
     const Blocks blocks(norm);
-    take_moments<T>(norm, blocks);
+    if (norm.training) take_moments<T>(norm, blocks);
     blocks.for_each([&](int64_t index, int64_t i) {
         normalize_rows(at<T>(norm.input, i), at<T>(norm.shortcut, i), at<T>(norm.output, i), blocks.block(index), norm);
     });

@@ -20,9 +20,30 @@ class BatchNormArguments(ctypes.Structure):
     """`struct BatchNorm` of batch_norm_cpu.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in (*POINTERS, "rows", "channels", "bfloat16", "threads")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (*POINTERS, "rows", "channels", "bfloat16", "training", "threads")
+        ),
         *((name, ctypes.c_double) for name in ("momentum", "epsilon")),
     )
+
+
+def infer(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor | None) -> Tensor:
+    """relu(norm(input) + shortcut) in evaluation, without gradients; see batch_norm.is_fusible for what it takes."""
+    assert norm.running_var is not None
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    output = torch.empty_like(input)
+    tensors = {
+        "shortcut": shortcut,
+        "output": output,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "mean": norm.running_mean,
+        "inverse_deviation": (norm.running_var + norm.eps).rsqrt(),
+    }
+    _call("fastsnap_batch_norm_forward", input, tensors, training=False)
+    return output
 
 
 def _call(function: str, input: Tensor, tensors: dict[str, Tensor | None], **numbers: float) -> None:
@@ -66,7 +87,8 @@ class BatchNormRelu(torch.autograd.Function):
             "running_mean": norm.running_mean,
             "running_variance": norm.running_var,
         }
-        _call("fastsnap_batch_norm_forward", input, tensors, momentum=norm.momentum, epsilon=norm.eps)
+        numbers = {"momentum": norm.momentum, "epsilon": norm.eps}
+        _call("fastsnap_batch_norm_forward", input, tensors, training=True, **numbers)
         ctx.save_for_backward(input, output, weight, mean, inverse_deviation)
         ctx.has_shortcut = shortcut is not None
         return output

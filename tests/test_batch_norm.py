@@ -73,6 +73,26 @@ def test_output_statistics_and_gradients_agree_with_float64(
 
 
 @pytest.mark.parametrize("dtype", list(RELATIVE))
+@pytest.mark.parametrize("with_shortcut", [False, True])
+def test_evaluation_agrees_with_float64_and_leaves_the_statistics(dtype, with_shortcut):
+    torch.manual_seed(0)
+    norm, input = make_norm(48).eval(), activations((2, 48, 5, 5), dtype).detach()
+    with torch.no_grad():
+        norm.running_var.uniform_(0.1, 3)
+    shortcut = activations((2, 48, 5, 5), dtype).detach() if with_shortcut else None
+    before = copy.deepcopy(norm.state_dict())
+    with torch.no_grad():
+        assert is_fusible(norm, input, shortcut)
+        output = fused_batch_norm_relu(norm, input, shortcut)
+        exact = copy.deepcopy(norm).double()
+        expected = reference_batch_norm_relu(
+            exact, input.double(), None if shortcut is None else shortcut.double()
+        )
+    assert agrees(output, expected, RELATIVE[dtype])
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", list(RELATIVE))
 def test_bits_do_not_depend_on_the_number_of_threads(dtype):
     results = []
     threads = torch.get_num_threads()
@@ -114,7 +134,7 @@ def test_what_is_not_finite_stays_visible(value):
 
 def not_fusible():
     norm = make_norm(16)
-    yield "evaluation", make_norm(16).eval(), activations((2, 16, 4, 4), torch.float32)
+    yield "gradients in evaluation", make_norm(16).eval(), activations((2, 16, 4, 4), torch.float32)
     yield "float64", make_norm(16).double(), activations((2, 16, 4, 4), torch.float64)
     yield "channels", make_norm(12), activations((2, 12, 4, 4), torch.float32)
     yield "odd", norm, activations((1, 16, 3, 3), torch.float32)
