@@ -1,26 +1,30 @@
 """Evaluating M snapshots, each alone and the ensembles of every m: one forward per member against other ways.
 
-The project's time is that of fastsnap.evaluate.evaluate_run: reading and verifying the snapshots, normalising the
-images, forward passes, and all metrics of all m. The opponents have networks and normalised images in memory already
-and compute the error only. The labels are what plain PyTorch's ensemble predicts, so that an error is a disagreement.
+The project's time is that of fastsnap.evaluate.evaluate_run, in a process of its own: reading and verifying the
+snapshots, normalising the images, forward passes, and all metrics of all m. The opponents have networks and
+normalised images in memory already and compute the error only. The labels are what plain PyTorch's ensemble predicts,
+so that an error is a disagreement.
 """
 
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import PROJECT, Result, Settings, alternate, compare, not_installed
 from opponents import evaluators
+from paced import Pace, PacedProcess
 from project import configure
 from task import CLASSES, Task, describe_data, load_images, shortened
 from torch import Tensor, nn
 
+from fastsnap.allocator import keep_freed_memory
 from fastsnap.datasets import Dataset
 from fastsnap.evaluate import evaluate_run
 from fastsnap.models import build_network
@@ -38,7 +42,7 @@ MOST_DISAGREEMENT = {
     "bf16": 10.0,
 }  # percent of the images; untrained networks have many near ties
 TWICE = f"{2 * MEMBERS} forwards, plain PyTorch"
-Contender = Callable[[], float]  # -> error, percent
+Contender = partial[float]  # () -> error, percent
 
 
 class ContendersDisagree(ValueError):
@@ -88,6 +92,13 @@ def random_run(
             network.state_dict(), step=number, cycle=number, epoch=number, learning_rate=0.1, train_loss=1.0
         )
     return folder
+
+
+def evaluation_loop(pace: Pace, folder: RunFolder, dataset: Dataset, device: str) -> None:
+    """The project in a process of its own, set up as its command line is."""
+    keep_freed_memory()
+    for _ in pace.batches(repeat(None)):
+        evaluate_run(folder, dataset=dataset, device=torch.device(device))
 
 
 def _project(folder: RunFolder, dataset: Dataset, device: str) -> float:
@@ -143,7 +154,10 @@ def _measure(
             f"images: {errors}"
         )
     turns = {name: partial(_seconds, contender) for name, contender in contenders.items()}
-    seconds = alternate(turns, QUICK_ROUNDS if quick else ROUNDS)
+    with PacedProcess(PROJECT, evaluation_loop, *contenders[PROJECT].args) as process:
+        turns[PROJECT] = partial(process.seconds_per_step, 1)
+        process.run(1)  # warms up
+        seconds = alternate(turns, QUICK_ROUNDS if quick else ROUNDS)
     details: dict[str, dict[str, Any]] = {
         name: {"% of images predicted unlike plain PyTorch": error} for name, error in errors.items()
     }
