@@ -50,9 +50,8 @@ class FlatParameters:
         first = self.parameters[0]
         self.strides = [torch.empty_like(parameter, device="meta").stride() for parameter in self.parameters]
         self._shapes = [parameter.shape for parameter in self.parameters]
-        self._usual_strides = (
-            self.strides
-        )  # of the gradients; dimensions of size 1 may differ from the parameters'
+        # Of the gradients; those of dimensions of size 1 may differ from the parameters'.
+        self._usual_strides = self.strides
         self.data = torch.zeros(numel, dtype=first.dtype, device=first.device if device is None else device)
         views = self.views(self.data)
         self._addresses = [view.data_ptr() for view in views]
