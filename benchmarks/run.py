@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only", metavar="NAME,...", action="append", help="run these benchmarks (default: all)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="about two minutes in all instead of 15 to 25; the figures say little"
+        "--quick",
+        action="store_true",
+        help="about two minutes in all instead of 15 to 25; the figures say little",
     )
     parser.add_argument("--full", action="store_true", help="accuracy at the paper's setting: days on a CPU")
     parser.add_argument(
