@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsnap.datasets import Dataset, ImageSet, load_dataset
-from fastsnap.kernels.batch_norm import fused_batch_norm_relu
 from fastsnap.metrics import MemberMetrics, Metrics, measure_members
-from fastsnap.models import build_network
+from fastsnap.models import KERNEL_OPERATIONS, build_network
 from fastsnap.pipeline import Pipeline, make_pipeline
 from fastsnap.run_folder import RunError, RunFolder, SnapshotEntry
 from fastsnap.step import AUTOCAST_DTYPES, choose_device
@@ -182,7 +181,7 @@ def _build_network(config: dict[str, Any], dataset: Dataset) -> nn.Module:
         classes=len(dataset.classes),
         in_channels=dataset.test.images.shape[3],
         shortcut=config["shortcut"],
-        batch_norm_relu=fused_batch_norm_relu,
+        operations=KERNEL_OPERATIONS,
     )
 
 

@@ -8,18 +8,35 @@ import difflib
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastsnap.kernels.batch_norm import reference_batch_norm_relu
+from fastsnap.kernels.batch_norm import fused_batch_norm_relu, reference_batch_norm_relu
+from fastsnap.kernels.convolution import fast_convolution, reference_convolution
 
-BatchNormRelu = Callable[..., Tensor]  # see fastsnap.kernels.batch_norm
 STEM_CHANNELS = 16
 SHORTCUTS = ("A", "B", "C")
 SMALLEST_IMAGE = 8  # pixels; the last stage then still sees 2x2
 EXAMPLES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet32x4")
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a network computes its layers with: see fastsnap.kernels.convolution and .batch_norm."""
+
+    convolution: Callable[[nn.Conv2d, Tensor], Tensor]
+    batch_norm_relu: Callable[..., Tensor]
+
+
+PLAIN_OPERATIONS = Operations(
+    reference_convolution, reference_batch_norm_relu
+)  # for torch.compile, and any device
+KERNEL_OPERATIONS = Operations(
+    fast_convolution, fused_batch_norm_relu
+)  # faster on a CPU, PyTorch's elsewhere
 
 
 def parse_name(name: str) -> tuple[int, int]:
@@ -71,10 +88,10 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation, and a shortcut around them."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, shortcut: str, batch_norm_relu: BatchNormRelu
+        self, in_channels: int, out_channels: int, stride: int, shortcut: str, operations: Operations
     ) -> None:
         super().__init__()
-        self.batch_norm_relu = batch_norm_relu
+        self.operations = operations
         self.conv1 = _convolution(in_channels, out_channels, 3, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = _convolution(out_channels, out_channels, 3, 1)
@@ -82,8 +99,9 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = self.batch_norm_relu(self.bn1, self.conv1(images))
-        return self.batch_norm_relu(self.bn2, self.conv2(hidden), self.shortcut(images))
+        convolution, batch_norm_relu = self.operations.convolution, self.operations.batch_norm_relu
+        hidden = batch_norm_relu(self.bn1, convolution(self.conv1, images))
+        return batch_norm_relu(self.bn2, convolution(self.conv2, hidden), self.shortcut(images))
 
 
 class ResNet(nn.Module):
@@ -97,10 +115,10 @@ class ResNet(nn.Module):
         classes: int,
         in_channels: int,
         shortcut: str,
-        batch_norm_relu: BatchNormRelu,
+        operations: Operations,
     ) -> None:
         super().__init__()
-        self.batch_norm_relu = batch_norm_relu
+        self.operations = operations
         self.conv1 = _convolution(in_channels, STEM_CHANNELS, 3, 1)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         channels = STEM_CHANNELS
@@ -110,7 +128,7 @@ class ResNet(nn.Module):
             strides = [2 if stage else 1] + [1] * (blocks - 1)
             layers = []
             for stride in strides:
-                layers.append(BasicBlock(channels, out_channels, stride, shortcut, batch_norm_relu))
+                layers.append(BasicBlock(channels, out_channels, stride, shortcut, operations))
                 channels = out_channels
             stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
@@ -122,7 +140,7 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"images must be at least {SMALLEST_IMAGE} pixels wide and high, got {list(images.shape)}"
             )
-        hidden = self.batch_norm_relu(self.bn1, self.conv1(images))
+        hidden = self.operations.batch_norm_relu(self.bn1, self.conv1(images))
         return self.linear(self.stages(hidden).mean(dim=(2, 3)))
 
 
@@ -133,7 +151,7 @@ def build_network(
     in_channels: int = 3,
     shortcut: str = "A",
     seed: int = 0,
-    batch_norm_relu: BatchNormRelu = reference_batch_norm_relu,
+    operations: Operations = PLAIN_OPERATIONS,
 ) -> ResNet:
     """A freshly initialised network on the CPU; the same seed gives the same weights, whatever was drawn before.
 
@@ -142,7 +160,7 @@ def build_network(
     in_channels  1 to 3
     shortcut     "A": strided identity and zero-padded channels; "B": 1x1 convolution + BN where the shape changes;
                  "C": 1x1 convolution + BN everywhere
-    batch_norm_relu  reference_batch_norm_relu or fused_batch_norm_relu, which on a CPU trains faster
+    operations   PLAIN_OPERATIONS or KERNEL_OPERATIONS, which on a CPU trains faster
     Raises ValueError for other values.
     """
     blocks, width = parse_name(name)
@@ -160,5 +178,5 @@ def build_network(
             classes=classes,
             in_channels=in_channels,
             shortcut=shortcut,
-            batch_norm_relu=batch_norm_relu,
+            operations=operations,
         )

@@ -21,8 +21,7 @@ from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.datasets import Dataset, load_dataset
 from fastsnap.ensemble_eval import report_run
 from fastsnap.flat import FlatParameters
-from fastsnap.kernels.batch_norm import fused_batch_norm_relu, reference_batch_norm_relu
-from fastsnap.models import build_network
+from fastsnap.models import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 from fastsnap.optim import SnapshotSGD
 from fastsnap.pipeline import choose_loader, make_pipeline
 from fastsnap.progress import ProgressDisplay
@@ -56,8 +55,8 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         in_channels=dataset.train.images.shape[3],
         shortcut=config.shortcut,
         seed=config.seed,
-        # The compiler fuses the reference, and cannot look into the kernel.
-        batch_norm_relu=reference_batch_norm_relu if config.compile == "on" else fused_batch_norm_relu,
+        # The compiler fuses what is plain PyTorch, and cannot look into a kernel.
+        operations=PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS,
     )
     network = network.to(device).to(memory_format=torch.channels_last).train()
     optimizer = _build_optimizer(config, network, schedule)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastsnap.kernels.batch_norm import fused_batch_norm_relu, is_fusible, reference_batch_norm_relu
-from fastsnap.models import build_network
+from fastsnap.models import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 
 # Of one rounding to the type: 2^-8 for bf16's 8 bits; in fp32 a few more happen on the way.
 RELATIVE = {torch.float32: 4e-6, torch.bfloat16: 2**-8}
@@ -159,8 +159,8 @@ def test_a_network_with_it_has_the_same_state_and_nearly_the_same_gradients():
     torch.manual_seed(0)
     images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     networks = [
-        build_network("resnet8", classes=10, batch_norm_relu=function).to(memory_format=torch.channels_last)
-        for function in (reference_batch_norm_relu, fused_batch_norm_relu)
+        build_network("resnet8", classes=10, operations=operations).to(memory_format=torch.channels_last)
+        for operations in (PLAIN_OPERATIONS, KERNEL_OPERATIONS)
     ]
     plain, fused = networks
     for network in networks:
