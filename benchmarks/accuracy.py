@@ -58,7 +58,7 @@ class Regime:
 
 
 FEW = Regime("few-images", DATASET, "resnet8", 50, 5, 0.2, 2_000, seeds=3)
-MANY = Regime("many-images", DATASET, "resnet8", 6, 3, 0.2, 10_000, seeds=2)
+MANY = Regime("many-images", DATASET, "resnet8", 3, 3, 0.2, 10_000, seeds=2)
 PAPER = Regime("paper", DATASET, "resnet110", 200, 5, 0.2, None, seeds=3)
 PAPER_FEW = Regime("10000-images", DATASET, "resnet20", 150, 5, 0.2, 10_000, seeds=5)
 DIGITS = Regime("digits", "digits", "resnet8", 30, 5, 0.1, 500, seeds=3, batch_size=32)

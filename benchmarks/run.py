@@ -21,6 +21,7 @@ BENCHMARKS = {
     "schedules": "snapshot schedule against standard schedule: speed, saving, first step, memory",
     "pipelines": "data pipelines alone",
     "kernels": "update and averaging kernels against PyTorch's, bytes and bandwidth",
+    "layers": "batch normalisation and convolution on a CPU against PyTorch's",
     "evaluation": "evaluating an ensemble of 5",
     "scaling": "cost against batch size, M, depth and net size",
     "accuracy": "error of snapshot ensemble, standard schedule, NoCycle and SingleCycle at equal epochs",

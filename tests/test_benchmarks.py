@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its files are scripts, not a package
 
 import accuracy  # noqa: E402
+import layers  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
@@ -361,6 +362,13 @@ def test_the_readme_gets_its_results_between_the_markers(measured: Path) -> None
         report.with_results("# x\n", section)
     with pytest.raises(ValueError, match="quick runs"):
         report.readme_section([record(quick=True)])
+
+
+def test_layers_are_measured_against_pytorch_s() -> None:
+    results = list(layers.run(Settings(device="cpu", quick=True)))
+    assert len(results) == 2 * 2 * len(layers.STAGES)
+    assert {result.opponent for result in results} == {PROJECT, "PyTorch"}
+    assert all(len(result.values) == layers.QUICK_ROUNDS for result in results)
 
 
 # -- the command line
