@@ -13,6 +13,7 @@ from measure import PROJECT, Result, Settings, alternate, compare
 from task import Task
 from torch import Tensor, nn
 
+from fastsnap.kernels.convolution_cpu import has_instructions
 from fastsnap.models import KERNEL_OPERATIONS, PLAIN_OPERATIONS, Operations
 
 NAME = "layers"
@@ -25,20 +26,29 @@ WAYS = {PROJECT: KERNEL_OPERATIONS, "PyTorch": PLAIN_OPERATIONS}
 def run(settings: Settings) -> Iterator[Result]:
     """Milliseconds of each layer in each stage."""
     if settings.device != "cpu":
-        yield Result(
-            NAME, "layers", PROJECT, "ms", "lower", missing="for CPUs: a GPU takes torch.compile's kernels"
-        )
+        yield _not_measured("layers", "for CPUs: a GPU takes torch.compile's kernels")
         return
+    yield from _layer("batch normalisation + shortcut + ReLU, forward and backward", _batch_norm, settings)
+    convolution = "3x3 convolution, gradient of the weights"
+    if has_instructions():
+        yield from _layer(convolution, _convolution, settings)
+    else:
+        yield _not_measured(convolution, "needs a CPU with AVX512-BF16")
+
+
+def _not_measured(case: str, reason: str) -> Result:
+    return Result(NAME, case, PROJECT, "ms", "lower", missing=reason)
+
+
+def _layer(
+    layer: str, make: Callable[[Operations, int, int], Callable[[], object]], settings: Settings
+) -> Iterator[Result]:
     for channels, pixels in STAGES:
-        shape = f"[{Task.batch_size}, {channels}, {pixels}, {pixels}]"
-        for layer, make in (
-            ("batch normalisation + shortcut + ReLU, forward and backward", _batch_norm),
-            ("3x3 convolution, gradient of the weights", _convolution),
-        ):
-            calls = {name: partial(_milliseconds, make(way, channels, pixels)) for name, way in WAYS.items()}
-            alternate(calls, 2)  # warm up
-            values = alternate(calls, QUICK_ROUNDS if settings.quick else ROUNDS)
-            yield from compare(NAME, f"{layer}, {shape}", "ms", values, "lower")
+        calls = {name: partial(_milliseconds, make(way, channels, pixels)) for name, way in WAYS.items()}
+        alternate(calls, 2)  # warm up
+        values = alternate(calls, QUICK_ROUNDS if settings.quick else ROUNDS)
+        case = f"{layer}, [{Task.batch_size}, {channels}, {pixels}, {pixels}]"
+        yield from compare(NAME, case, "ms", values, "lower")
 
 
 def _milliseconds(call: Callable[[], object]) -> float:

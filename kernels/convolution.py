@@ -6,9 +6,8 @@ weights is a sum of products over all pixels; the kernel gives it in fp32, where
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-MOST_CHANNELS = 64  # beyond, PyTorch's kernel is as fast
+MOST_CHANNELS = 64  # from 128 on PyTorch's kernel is as fast
 CHANNELS_MULTIPLE = 16  # what the CPU kernel handles at a time
 
 
@@ -17,13 +16,13 @@ def reference_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
 
     input  [N, C, H, W]
     """
-    return functional.conv2d(
-        input, convolution.weight, convolution.bias, convolution.stride, convolution.padding
-    )
+    return convolution(input)
 
 
 def fast_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
-    """The same; gradients of the weights come from the CPU kernel where it can be used: see `is_supported`."""
+    """The same; the gradient of the weights comes from the CPU kernel where it can be used: see `is_supported`. Then
+    backward once, and hooks on `convolution` are not called.
+    """
     if not is_supported(convolution, input):
         return reference_convolution(convolution, input)
     from .convolution_cpu import Convolution
@@ -32,8 +31,12 @@ def fast_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
 
 
 def is_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
-    """Whether the kernel takes it: in training, under autocast to bf16, on a CPU that can multiply bf16 (AVX512-BF16),
-    channels-last, 3x3 with padding 1, 16 to 64 channels that are a multiple of 16.
+    """Whether the kernel takes it: with a gradient of the weights, under autocast to bf16, on a CPU that can multiply
+    bf16 (AVX512-BF16).
+
+    convolution  3x3, padding 1 with zeros, stride 1 or 2, one group, no bias; 16, 32, 48 or 64 channels in and out;
+                 weights fp32, channels-last
+    input        bf16, channels-last
     """
     weight = convolution.weight
     if not (

@@ -19,6 +19,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the intrinsics' own header, with GCC 12
 #endif
 #include <immintrin.h>
+#include <omp.h>
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512bf16")))
 #endif
 
@@ -45,24 +46,29 @@ constexpr int64_t TAPS = 3;        // along an axis; the padding is 1
 constexpr int64_t LANES = 16;      // input channels handled at once
 constexpr int64_t ROWS = 8;        // output channels handled at once
 constexpr int64_t PAIRS = 128;     // of pixels, at least, before the sums leave the registers
-constexpr int64_t SUMS = 1 << 18;  // fp32 numbers in the parts together
+constexpr int64_t SUMS = 1 << 18;  // fp32 numbers in the parts together: a megabyte, to stay in a second-level cache
 constexpr int64_t MOST_PARTS = 16;
 
 struct Plan {
     explicit Plan(const Convolution& c)
         : convolution(c),
           pairs((c.out_width + 1) / 2),
-          chunk(std::max<int64_t>(1, PAIRS / (pairs * c.out_height))),
+          chunk((PAIRS - 1) / (pairs * c.out_height) + 1),
+          chunks((c.images - 1) / chunk + 1),
           slices(c.in_channels / LANES),
           sums(c.out_channels * TAPS * TAPS * LANES),
-          parts(std::min(std::clamp<int64_t>(SUMS / (sums * slices), 2, MOST_PARTS), (c.images + chunk - 1) / chunk)) {}
+          parts(std::min({MOST_PARTS, chunks, SUMS / (sums * slices)})),
+          packed_input(chunk * c.height * pairs * TAPS),
+          packed_gradient(chunk * c.out_height * pairs * c.out_channels / LANES) {}
 
     const Convolution& convolution;
     const int64_t pairs;   // of pixels in a row of the output, the last with a zero if the width is odd
     const int64_t chunk;   // images packed together
+    const int64_t chunks;
     const int64_t slices;  // of 16 input channels
     const int64_t sums;    // of a slice
     const int64_t parts;
+    const int64_t packed_input, packed_gradient;  // vectors of a chunk
 };
 
 // 16 channels of pixel x of a row, zeros outside
@@ -134,18 +140,10 @@ AVX512_BF16 void add_products(const Plan& plan, const __m512i* input, const int3
         for (int64_t tap = 0; tap < TAPS; ++tap) _mm512_store_ps(sums + (row * TAPS + tap) * LANES, sum[row][tap]);
 }
 
-struct Vectors {  // aligned, not initialised
-    explicit Vectors(int64_t count) : data(static_cast<__m512i*>(_mm_malloc(count * sizeof(__m512i), 64))) {}
-    ~Vectors() { _mm_free(data); }
-    Vectors(const Vectors&) = delete;
-    __m512i* const data;
-};
-
 // sums[row of taps][out channel][tap][in channel] of one part of the images and one slice of the input channels
 void sum_part(const Plan& plan, int64_t part, int64_t slice, __m512i* input, __m512i* gradient, float* sums) {
     const Convolution& c = plan.convolution;
-    const int64_t chunks = (c.images + plan.chunk - 1) / plan.chunk;
-    const int64_t begin = chunks * part / plan.parts, end = chunks * (part + 1) / plan.parts;
+    const int64_t begin = plan.chunks * part / plan.parts, end = plan.chunks * (part + 1) / plan.parts;
     std::fill(sums, sums + plan.sums, 0.0f);
     for (int64_t image = begin * plan.chunk; image < std::min(end * plan.chunk, c.images); image += plan.chunk) {
         const int64_t count = std::min(plan.chunk, c.images - image);
@@ -171,26 +169,30 @@ AVX512_BF16 void add_parts(const Plan& plan, const float* sums, int64_t out) {
         }
 }
 
-void sum_all(const Convolution& c) {
+bool sum_all(const Convolution& c) {
     const Plan plan(c);
-    const int64_t tasks = plan.parts * plan.slices;
-    const Vectors sums(tasks * plan.sums / LANES);
-    float* const values = reinterpret_cast<float*>(sums.data);
-#pragma omp parallel num_threads(static_cast<int>(c.threads))
+    const int64_t tasks = plan.parts * plan.slices, threads = std::min(c.threads, tasks);
+    const int64_t own = plan.packed_input + plan.packed_gradient, shared = tasks * plan.sums / LANES;
+    __m512i* const scratch = static_cast<__m512i*>(_mm_malloc((shared + threads * own) * sizeof(__m512i), 64));
+    if (scratch == nullptr) return false;
+    float* const sums = reinterpret_cast<float*>(scratch);
+#pragma omp parallel num_threads(static_cast<int>(threads))
     {
-        const Vectors input(plan.chunk * c.height * plan.pairs * TAPS);
-        const Vectors gradient(plan.chunk * c.out_height * plan.pairs * c.out_channels / LANES);
+        __m512i* const input = scratch + shared + omp_get_thread_num() * own;
+        __m512i* const gradient = input + plan.packed_input;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task)
-            sum_part(plan, task / plan.slices, task % plan.slices, input.data, gradient.data,
-                     values + task * plan.sums);
+            sum_part(plan, task / plan.slices, task % plan.slices, input, gradient, sums + task * plan.sums);
 #pragma omp for schedule(static)
-        for (int64_t out = 0; out < c.out_channels; ++out) add_parts(plan, values, out);
+        for (int64_t out = 0; out < c.out_channels; ++out) add_parts(plan, sums, out);
     }
+    _mm_free(scratch);
+    return true;
 }
 
 }  // namespace
 
-extern "C" void fastsnap_convolution_weight_gradient(const Convolution* convolution) { sum_all(*convolution); }
+// Returns whether there was memory for it.
+extern "C" int fastsnap_convolution_weight_gradient(const Convolution* convolution) { return sum_all(*convolution); }
 
 #endif

@@ -51,6 +51,9 @@ class Convolution(torch.autograd.Function):
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of forward's arguments."""
         input, weight = ctx.saved_tensors
+        input = input.contiguous(
+            memory_format=torch.channels_last
+        )  # hooks on saved tensors may have changed it
         output_gradient = output_gradient.contiguous(memory_format=torch.channels_last)
         input_gradient = None
         if ctx.needs_input_grad[0]:
@@ -80,5 +83,6 @@ def _weight_gradient(input: Tensor, output_gradient: Tensor, stride: int) -> Ten
         stride=stride,
         threads=torch.get_num_threads(),
     )
-    library().fastsnap_convolution_weight_gradient(ctypes.byref(arguments))
+    if not library().fastsnap_convolution_weight_gradient(ctypes.byref(arguments)):
+        raise MemoryError(f"no memory for the gradient of a convolution of {list(input.shape)}")
     return gradient

@@ -36,6 +36,7 @@ from task import Task, synthetic_images  # noqa: E402
 
 from fastsnap.datasets import ImageSet  # noqa: E402
 from fastsnap.evaluate import evaluate_run  # noqa: E402
+from fastsnap.kernels.convolution_cpu import has_instructions  # noqa: E402
 from fastsnap.run_folder import RunFolder  # noqa: E402
 
 SMALL = Task("resnet8", "cpu", batch_size=4)
@@ -365,10 +366,22 @@ def test_the_readme_gets_its_results_between_the_markers(measured: Path) -> None
 
 
 def test_layers_are_measured_against_pytorch_s() -> None:
-    results = list(layers.run(Settings(device="cpu", quick=True)))
-    assert len(results) == 2 * 2 * len(layers.STAGES)
-    assert {result.opponent for result in results} == {PROJECT, "PyTorch"}
-    assert all(len(result.values) == layers.QUICK_ROUNDS for result in results)
+    measured = [result for result in layers.run(Settings(device="cpu", quick=True)) if not result.missing]
+    kernels = 1 + has_instructions()
+    assert len(measured) == kernels * 2 * len(layers.STAGES)
+    assert {result.opponent for result in measured} == {PROJECT, "PyTorch"}
+    assert all(len(result.values) == layers.QUICK_ROUNDS for result in measured)
+
+
+def test_layers_say_where_their_kernels_are_not_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (result,) = layers.run(Settings(device="cuda", quick=True))
+    assert result.missing == "for CPUs: a GPU takes torch.compile's kernels"
+    monkeypatch.setattr(layers, "has_instructions", lambda: False)
+    settings = Settings(device="cpu", quick=True, out=tmp_path)
+    for result in layers.run(settings):
+        results.append(result, settings)
+    report.write(tmp_path)
+    assert "needs a CPU with AVX512-BF16" in (tmp_path / "report.md").read_text()
 
 
 # -- the command line

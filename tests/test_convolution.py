@@ -1,13 +1,17 @@
 """The convolution's gradient of the weights against float64."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fastsnap.kernels import convolution_cpu
 from fastsnap.kernels.convolution import fast_convolution, is_supported, reference_convolution
 from fastsnap.kernels.convolution_cpu import has_instructions
+from fastsnap.models import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 
 needs_instructions = pytest.mark.skipif(not has_instructions(), reason="a CPU without AVX512-BF16")
 
@@ -105,19 +109,36 @@ def test_what_is_not_finite_stays_visible(value):
     with torch.no_grad():
         input[1, 3, 2, 2] = value
     _, weight_gradient, _ = train(fast_convolution, convolution, input)
+    others = [channel for channel in range(16) if channel != 3]
     assert not weight_gradient[:, 3].isfinite().any()
-    assert weight_gradient[:, :3].isfinite().all()
+    assert weight_gradient[:, others].isfinite().all()
 
 
+@needs_instructions
+def test_saved_tensors_may_come_back_in_another_memory_order():
+    convolution, input = make_convolution(16, 16), activations(2, 16, 4, 4)
+    gradient = torch.randn(2, 16, 4, 4).bfloat16()
+    expected = train(fast_convolution, convolution, input, gradient)
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, Tensor.contiguous):
+        found = train(fast_convolution, convolution, input, gradient)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+ROW_MAJOR = nn.Conv2d(16, 16, 3, padding=1, bias=False)
 UNSUPPORTED = {
     "3 channels": (make_convolution(3, 16), activations(2, 3, 4, 4)),
     "wide": (make_convolution(16, 128), activations(2, 16, 4, 4)),
-    "1x1": (nn.Conv2d(16, 16, 1, bias=False), activations(2, 16, 4, 4)),
+    "5x5": (nn.Conv2d(16, 16, 5, padding=1, bias=False), activations(2, 16, 4, 4)),
     "bias": (make_convolution(16, 16, bias=True), activations(2, 16, 4, 4)),
     "padding": (make_convolution(16, 16, padding=0), activations(2, 16, 4, 4)),
+    "circular": (make_convolution(16, 16, padding_mode="circular"), activations(2, 16, 4, 4)),
+    "dilation": (make_convolution(16, 16, dilation=2), activations(2, 16, 4, 4)),
+    "groups": (make_convolution(32, 32, groups=2), activations(2, 32, 4, 4)),
     "stride": (make_convolution(16, 16, 3), activations(2, 16, 7, 7)),
     "fp32": (make_convolution(16, 16), torch.randn(2, 16, 4, 4, requires_grad=True)),
-    "row-major": (make_convolution(16, 16), torch.randn(2, 16, 4, 4).bfloat16().requires_grad_()),
+    "row-major input": (make_convolution(16, 16), torch.randn(2, 16, 4, 4).bfloat16().requires_grad_()),
+    "row-major weights": (ROW_MAJOR, activations(2, 16, 4, 4)),
 }
 
 
@@ -134,8 +155,43 @@ def test_what_the_kernel_does_not_take_goes_through_pytorch(case):
         assert torch.equal(found, expected)
 
 
-def test_without_autocast_or_gradients_it_is_pytorch_s():
+@needs_instructions
+def test_it_is_for_gradients_of_weights_under_autocast_to_bf16():
     convolution, input = make_convolution(16, 16), activations(2, 16, 4, 4)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert not is_supported(convolution, input)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_supported(convolution, input)
+        with torch.no_grad():
+            assert not is_supported(convolution, input)
+        frozen = make_convolution(16, 16)
+        frozen.weight.requires_grad_(False)
+        assert not is_supported(frozen, input)
     assert not is_supported(convolution, input)
+    with torch.autocast("cpu", torch.float16):
+        assert not is_supported(convolution, input)
+
+
+def gradients_of(network: nn.Module, images: Tensor, *, autocast: bool) -> Tensor:
+    """Of all parameters, one after another."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = network(images).double().logsumexp(1).sum()
+    loss.backward()
+    return torch.cat([parameter.grad.double().flatten() for parameter in network.parameters()])
+
+
+@needs_instructions
+def test_with_the_kernels_the_gradients_of_a_network_are_no_farther_from_float64(monkeypatch):
+    torch.manual_seed(0)
+    images = torch.randn(32, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    plain, fast = (
+        build_network("resnet8", classes=10, operations=operations).to(memory_format=torch.channels_last)
+        for operations in (PLAIN_OPERATIONS, KERNEL_OPERATIONS)
+    )
+    exact = gradients_of(copy.deepcopy(plain).double(), images.double(), autocast=False)
+    plain_error = (gradients_of(plain, images, autocast=True) - exact).norm()
+    calls, kernel = [], convolution_cpu._weight_gradient
+    monkeypatch.setattr(
+        convolution_cpu, "_weight_gradient", lambda *arguments: calls.append(arguments) or kernel(*arguments)
+    )
+    fast_error = (gradients_of(fast, images, autocast=True) - exact).norm()
+    assert len(calls) == 6  # all but the first convolution, which has 3 channels
+    assert 0 < fast_error < 1.1 * plain_error < 0.1 * exact.norm()
