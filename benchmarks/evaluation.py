@@ -35,7 +35,7 @@ from fastsnap.train import describe
 NAME = "evaluation"
 NET = "resnet20"
 MEMBERS = 5
-IMAGES, QUICK_IMAGES = 400, 50
+IMAGES, QUICK_IMAGES = 500, 50
 ROUNDS, QUICK_ROUNDS = 3, 1
 MOST_DISAGREEMENT = {
     "fp32": 0.2,
