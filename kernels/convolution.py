@@ -7,7 +7,7 @@ weights is a sum of products over all pixels; the kernel gives it in fp32, where
 import torch
 from torch import Tensor, nn
 
-MOST_CHANNELS = 64  # from 128 on PyTorch's kernel is as fast
+MOST_CHANNELS = 64  # from 128 on PyTorch's kernel is at least as fast
 CHANNELS_MULTIPLE = 16  # what the CPU kernel handles at a time
 
 

@@ -1,6 +1,7 @@
 """The convolution's gradient of the weights against float64."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,15 @@ def test_saved_tensors_may_come_back_in_another_memory_order():
         found = train(fast_convolution, convolution, input, gradient)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@needs_instructions
+def test_a_lack_of_memory_is_an_error(monkeypatch):
+    monkeypatch.setattr(
+        convolution_cpu, "library", lambda: SimpleNamespace(fastsnap_convolution_weight_gradient=lambda _: 0)
+    )
+    with pytest.raises(MemoryError, match=r"gradient of a convolution of \[2, 16, 4, 4\]"):
+        train(fast_convolution, make_convolution(16, 16), activations(2, 16, 4, 4))
 
 
 ROW_MAJOR = nn.Conv2d(16, 16, 3, padding=1, bias=False)

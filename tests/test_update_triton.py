@@ -13,7 +13,7 @@ from fastsnap.kernels.update_triton import TritonUpdate
 from fastsnap.schedule import Schedule
 
 
-@settings(max_examples=50)
+@settings(max_examples=100)
 @given(cases(largest=6000, masters=False))
 def test_agrees_with_the_reference(case):
     check_against_reference(case, TritonUpdate)
