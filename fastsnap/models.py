@@ -31,12 +31,10 @@ class Operations:
     batch_norm_relu: Callable[..., Tensor]
 
 
-PLAIN_OPERATIONS = Operations(
-    reference_convolution, reference_batch_norm_relu
-)  # for torch.compile, and any device
-KERNEL_OPERATIONS = Operations(
-    fast_convolution, fused_batch_norm_relu
-)  # faster on a CPU, PyTorch's elsewhere
+# Plain PyTorch, for any device and for torch.compile, which cannot look into a kernel.
+PLAIN_OPERATIONS = Operations(reference_convolution, reference_batch_norm_relu)
+# The CPU kernels where they can be used, elsewhere PyTorch.
+KERNEL_OPERATIONS = Operations(fast_convolution, fused_batch_norm_relu)
 
 
 def parse_name(name: str) -> tuple[int, int]:
