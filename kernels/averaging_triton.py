@@ -161,7 +161,8 @@ def averaging_kernel(
     if ONE_BLOCK and probabilities is not None:
         class_C = tl.arange(0, CLASSES)
         inside = present_N[:, None] & (class_C < classes)[None, :]
-        tl.store(sums_N[:, None] + class_C[None, :], sum_NC / total, mask=inside)
+        whole = tl.load(totals + members - 1)  # what was assigned in the loop is not defined after it
+        tl.store(sums_N[:, None] + class_C[None, :], sum_NC / whole, mask=inside)
 
 
 def aligned_elements(logits: Tensor) -> int:

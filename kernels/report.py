@@ -161,20 +161,30 @@ def bytes_per_parameter(compiled: Compiled) -> int:
     return sum(size for _, _, size in compiled.accesses) - gradients[1]
 
 
-def compile_averaging(architecture: int, classes: int, *, members: int = 6) -> Compiled:
-    """The averaging kernel for contiguous fp32 logits, with labels; averaged probabilities if it needs them anyway."""
+def compile_averaging(
+    architecture: int,
+    classes: int,
+    *,
+    members: int = 6,
+    dtype: str = "fp32",
+    labels: bool = True,
+    probabilities: bool = False,
+) -> Compiled:
+    """The averaging kernel for contiguous logits of `dtype`; averaged probabilities also if it needs them anyway."""
     logits = torch.empty(members, 1024, classes, device="meta")
     constants: dict[str, Any] = tiles(logits) | {"class_stride": 1}
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
-    arguments = {"logits": "*fp32", "labels": "*i64", "order": "*i64"}
+    arguments = {"logits": f"*{dtype}", "order": "*i64"}
     arguments |= {"rescalings": "*fp32", "weights": "*fp32", "totals": "*fp32"}
     arguments |= {"prediction": "*i64", "floats": "*fp32", "integers": "*i32", "invalid": "*i64"}
     arguments |= dict.fromkeys(("members", "samples", "plane", "member_stride", "sample_stride"), "i32")
     arguments["temperature"] = "fp32"
-    if classes <= constants["CLASSES"]:
-        constants["probabilities"] = None
-    else:
-        arguments["probabilities"] = "*fp32"
+    needed = {"labels": labels, "probabilities": probabilities or classes > constants["CLASSES"]}
+    for name, pointer in (("labels", "*i64"), ("probabilities", "*fp32")):
+        if needed[name]:
+            arguments[name] = pointer
+        else:
+            constants[name] = None
     return compile_kernel(averaging_kernel, arguments, constants, architecture, **options)
 
 

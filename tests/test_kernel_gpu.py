@@ -182,13 +182,15 @@ def test_a_weight_decay_changed_right_before_a_capture_is_refused():
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_one_launch_per_update_and_no_wait_for_the_device():
     net = network()
     optimizer = SnapshotSGD(net.named_parameters(), SCHEDULE)
     train_step(net, optimizer, batch(0))
     optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

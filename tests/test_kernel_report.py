@@ -23,9 +23,18 @@ for architecture, compiled_variants in variants.items():
         else:
             facts["bytes"] = [report.bytes_per_logit(compiled), report.bytes_of_statistics(compiled)]
         found[f"{name} sm_{architecture}"] = facts
+ways = {
+    f"{dtype}, {members} members, labels {labels}, probabilities {probabilities}": report.compile_averaging(
+        90, 100, members=members, dtype=dtype, labels=labels, probabilities=probabilities
+    )
+    for dtype, members in (("fp32", 1), ("fp32", 5), ("bf16", 5), ("fp16", 5), ("fp64", 5))
+    for labels, probabilities in ((True, True), (True, False), (False, True), (False, False))
+    if dtype == "fp32" or labels is probabilities
+}
 shown = io.StringIO()
 Console(file=shown, width=80).print(report.table(variants))
-print(json.dumps({"facts": found, "table": shown.getvalue()}))
+spills = {name: compiled.spills for name, compiled in ways.items()}
+print(json.dumps({"facts": found, "table": shown.getvalue(), "spills": spills}))
 """
 UPDATES = ("update", "update, bf16 gradient", "update, all options")
 AVERAGINGS = ("averaging, C=2 M=64", "averaging, C=100", "averaging, C=1000", "averaging, C=21841")
@@ -109,6 +118,11 @@ def test_logits_move_in_128_bits(compiled, name, architecture):
 @pytest.mark.parametrize("name", AVERAGINGS)
 def test_averaging_leaves_room_for_three_programs_of_256_threads(compiled, name, architecture):
     assert compiled[f"{name} sm_{architecture}"]["occupancy"] >= 0.375
+
+
+def test_averaging_compiles_for_every_type_of_logits_with_and_without_labels_and_probabilities(report):
+    assert len(report["spills"]) == 14
+    assert set(report["spills"].values()) == {0}
 
 
 def test_table_fits_80_columns(report):
