@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
+ROOMS = ("ensemble", "training", "data", "nets")
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastsnap" / "__init__.py").read_text())[1]
 
 setup(
@@ -17,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # By hand: `kernels` is a popular name on PyPI, so it must never be installed as a top-level package.
-    packages=["fastsnap", "fastsnap.kernels"],
+    packages=["fastsnap", *(f"fastsnap.{room}" for room in ROOMS), "fastsnap.kernels"],
     package_dir={"fastsnap": "fastsnap", "fastsnap.kernels": "kernels"},
     # A plain shared library behind ctypes: needs neither Python's nor torch's headers, only a C++ compiler. A fused
     # multiply-add happens where one is written and nowhere else, so that all machines round alike.

@@ -19,8 +19,8 @@ from scipy import stats
 from task import DATASET
 
 from fastsnap.config import STANDARD_RATE, TrainConfig, make_config
-from fastsnap.datasets import Dataset, load_dataset
-from fastsnap.evaluate import evaluate_run
+from fastsnap.data.datasets import Dataset, load_dataset
+from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import describe, settle
 

@@ -1,6 +1,6 @@
 """Evaluating M snapshots, each alone and the ensembles of every m: one forward per member against other ways.
 
-The project's time is that of fastsnap.evaluate.evaluate_run, in a process of its own: reading and verifying the
+The project's time is that of ensemble.evaluate.evaluate_run, in a process of its own: reading and verifying the
 snapshots, normalising the images, forward passes, and all metrics of all m. The opponents have networks and
 normalised images in memory already and compute the error only. The labels are what plain PyTorch's ensemble predicts,
 so that an error is a disagreement.
@@ -24,13 +24,13 @@ from project import configure
 from task import CLASSES, Task, describe_data, load_images, shortened
 from torch import Tensor, nn
 
-from fastsnap.allocator import keep_freed_memory
-from fastsnap.datasets import Dataset
-from fastsnap.evaluate import evaluate_run
-from fastsnap.models import build_network
-from fastsnap.pipeline import make_pipeline
+from fastsnap.data.datasets import Dataset
+from fastsnap.data.pipeline import make_pipeline
+from fastsnap.ensemble.evaluate import evaluate_run
+from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import describe
+from fastsnap.training.allocator import keep_freed_memory
 
 NAME = "evaluation"
 NET = "resnet20"

@@ -1,4 +1,4 @@
-"""The report's pictures, in the look of fastsnap.plots."""
+"""The report's pictures, in the look of fastsnap.ensemble.plots."""
 
 import math
 import textwrap
@@ -12,7 +12,7 @@ from measure import PROJECT
 from results import Record
 from tables import figure as figure_text
 
-from fastsnap.plots import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE, save
+from fastsnap.ensemble.plots import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE, save
 
 WIDTH = 9.0  # inches
 TITLE_LETTERS = 48  # of a panel of half that width

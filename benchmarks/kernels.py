@@ -19,12 +19,12 @@ from measure import PROJECT, Result, Settings, alternate, compare, spread
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastsnap.apex import ApexSGD
-from fastsnap.flat import FlatParameters
 from fastsnap.kernels.averaging import average_members
-from fastsnap.models import build_network
-from fastsnap.optim import SnapshotSGD
-from fastsnap.schedule import Schedule
+from fastsnap.kernels.schedule import Schedule
+from fastsnap.nets.resnet import build_network
+from fastsnap.training.apex import ApexSGD
+from fastsnap.training.flat import FlatParameters
+from fastsnap.training.optim import SnapshotSGD
 
 NAME = "kernels"
 NETS, QUICK_NETS = ("resnet20", "resnet110"), ("resnet20",)

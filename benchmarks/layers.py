@@ -14,7 +14,7 @@ from task import Task
 from torch import Tensor, nn
 
 from fastsnap.kernels.convolution_cpu import has_instructions
-from fastsnap.models import KERNEL_OPERATIONS, PLAIN_OPERATIONS, Operations
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, Operations
 
 NAME = "layers"
 STAGES = ((16, 32), (32, 16), (64, 8))  # channels, pixels

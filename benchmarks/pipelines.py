@@ -18,7 +18,7 @@ from paced import Pace, PacedProcess
 from project import batches_loop, configure
 from task import Task, describe_data, load_images
 
-from fastsnap.pipeline import choose_loader
+from fastsnap.data.pipeline import choose_loader
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
 

@@ -10,20 +10,20 @@ from rich.console import Console
 from task import DATASET, Task, load_images
 from torch import Tensor
 
-from fastsnap.allocator import keep_freed_memory
 from fastsnap.config import TrainConfig, differences, make_config
-from fastsnap.datasets import Dataset
-from fastsnap.pipeline import Pipeline, make_pipeline
-from fastsnap.progress import ProgressDisplay
+from fastsnap.data.datasets import Dataset
+from fastsnap.data.pipeline import Pipeline, make_pipeline
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer, describe, settle
-from fastsnap.trainer import Trainer
+from fastsnap.training.allocator import keep_freed_memory
+from fastsnap.training.progress import ProgressDisplay
+from fastsnap.training.trainer import Trainer
 
 WARM_UP_STEPS = 5  # compilation, first allocations, the CUDA graph
 
 
 class PacedPipeline:
-    """See fastsnap.pipeline.Pipeline."""
+    """See fastsnap.data.pipeline.Pipeline."""
 
     def __init__(self, pipeline: Pipeline, pace: Pace) -> None:
         self._pipeline, self._pace, self.name = pipeline, pace, pipeline.name

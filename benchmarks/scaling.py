@@ -20,9 +20,9 @@ from schedules import seconds_of_a_run
 from scipy import stats
 from task import CLASSES, Task, load_images, shortened
 
-from fastsnap.datasets import Dataset
-from fastsnap.evaluate import evaluate_run
-from fastsnap.models import build_network
+from fastsnap.data.datasets import Dataset
+from fastsnap.ensemble.evaluate import evaluate_run
+from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
 

@@ -15,7 +15,7 @@ from paced import PacedProcess
 from project import configure, run_silently, train_loop, warm_up
 from task import Task, describe_data, load_images, shortened
 
-from fastsnap.datasets import Dataset
+from fastsnap.data.datasets import Dataset
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
 

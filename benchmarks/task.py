@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsnap.datasets import Dataset, ImageSet, load_dataset
+from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
 
 DATASET = "cifar100"
 CLASSES = 100

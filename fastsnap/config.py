@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastsnap import __version__, datasets, models, schedule
+from fastsnap import __version__
+from fastsnap.data import datasets
+from fastsnap.kernels import schedule
+from fastsnap.nets import resnet as models
 from fastsnap.run_folder import RUNS
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")

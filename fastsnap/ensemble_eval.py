@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastsnap import __version__
-from fastsnap.allocator import keep_freed_memory
 from fastsnap.config import DEVICES
-from fastsnap.evaluate import BATCH_SIZE, SPLITS, Report, evaluate_run
-from fastsnap.metrics import Metrics
-from fastsnap.plots import save_plots
+from fastsnap.ensemble.evaluate import BATCH_SIZE, SPLITS, Report, evaluate_run
+from fastsnap.ensemble.metrics import Metrics
+from fastsnap.ensemble.plots import save_plots
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
-from fastsnap.step import choose_device
-from fastsnap.stopping import TrainingStopped, stop_signals_raised
+from fastsnap.training.allocator import keep_freed_memory
+from fastsnap.training.step import choose_device
+from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
 
 WIDEST_TABLE = (
     200  # characters; terminals and files that are narrower than a table get whole lines, no cut cells

@@ -15,21 +15,21 @@ import torch
 from rich.console import Console
 
 from fastsnap import __version__
-from fastsnap.allocator import keep_freed_memory
-from fastsnap.apex import ApexSGD
 from fastsnap.config import TrainConfig, differences, parse_arguments
-from fastsnap.datasets import Dataset, load_dataset
+from fastsnap.data.datasets import Dataset, load_dataset
+from fastsnap.data.pipeline import choose_loader, make_pipeline
 from fastsnap.ensemble_eval import report_run
-from fastsnap.flat import FlatParameters
-from fastsnap.models import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
-from fastsnap.optim import SnapshotSGD
-from fastsnap.pipeline import choose_loader, make_pipeline
-from fastsnap.progress import ProgressDisplay
+from fastsnap.kernels.schedule import Schedule
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder
-from fastsnap.schedule import Schedule
-from fastsnap.step import TrainStep, choose_device, choose_precision
-from fastsnap.stopping import TrainingStopped, stop_signals_raised
-from fastsnap.trainer import Trainer
+from fastsnap.training.allocator import keep_freed_memory
+from fastsnap.training.apex import ApexSGD
+from fastsnap.training.flat import FlatParameters
+from fastsnap.training.optim import SnapshotSGD
+from fastsnap.training.progress import ProgressDisplay
+from fastsnap.training.step import TrainStep, choose_device, choose_precision
+from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
+from fastsnap.training.trainer import Trainer
 
 
 def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:

@@ -21,7 +21,7 @@ STEP_DECAY = 0.1  # the standard schedule divides by 10 at 50 % and at 75 % of t
 class Rule:
     """What stays the same during a run. Raises ValueError for values out of range.
 
-    kind, steps, cycles   the schedule: "snapshot" or "step", T and M as in fastsnap.schedule
+    kind, steps, cycles   the schedule: "snapshot" or "step", T and M as in fastsnap.kernels.schedule
     learning_rate         a0
     momentum, nesterov    momentum coefficient; dampening is 0
     average_decay         None: no running average of the weights; 1: the mean over all updates (SWA); below 1:

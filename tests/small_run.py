@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fastsnap.datasets import Dataset, load_dataset
-from fastsnap.models import build_network
+from fastsnap.data.datasets import Dataset, load_dataset
+from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
 
 NET = "resnet8"

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastsnap.models import build_network
+from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import DamagedSnapshot, RunError, RunFolder, newest_run, write_atomically
 
 

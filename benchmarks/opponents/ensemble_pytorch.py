@@ -11,7 +11,7 @@ from task import CLASSES, Task
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastsnap.models import build_network
+from fastsnap.nets.resnet import build_network
 
 
 class PacedLoader:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from fastsnap import datasets
+from fastsnap.data import datasets
 
 
 class TransformedImages(Dataset):

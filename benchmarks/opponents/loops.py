@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from fastsnap.models import build_network
-from fastsnap.step import AUTOCAST_DTYPES, choose_precision
+from fastsnap.nets.resnet import build_network
+from fastsnap.training.step import AUTOCAST_DTYPES, choose_precision
 
 
 def plain_loop(pace: Pace, task: Task) -> None:

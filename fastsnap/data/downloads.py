@@ -1,0 +1,172 @@
+"""Where the files of a published data set are looked for, and how they are fetched and verified."""
+
+import hashlib
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from fastsnap.data.archives import DataError
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A data set as its authors published it, in torchvision's layout."""
+
+    title: str
+    subfolder: str  # below the folder of data sets
+    md5: dict[str, str]  # torchvision's checksums by file name, the smallest file first
+    elsewhere: tuple[Path, ...]  # further folders to look in
+    by_hand: str  # how to get the files without this program; {folder}, and {inside} = folder / subfolder
+    download: Callable[[Path], None]  # into a folder of data sets, verified before anything is unpacked
+
+
+# torchvision is imported when it is needed, since that takes seconds. It downloads and verifies; it does not
+# read, since it would unpickle the files.
+def _download_cifar10(folder: Path) -> None:
+    from torchvision.datasets import CIFAR10, utils
+
+    utils.download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
+    _unpack(folder / CIFAR10.filename)
+
+
+def _download_cifar100(folder: Path) -> None:
+    from torchvision.datasets import CIFAR100, utils
+
+    utils.download_url(CIFAR100.url, str(folder), CIFAR100.filename, CIFAR100.tgz_md5)
+    _unpack(folder / CIFAR100.filename)
+
+
+def _download_fashion_mnist(folder: Path) -> None:
+    from torchvision.datasets import FashionMNIST, utils
+
+    for filename, md5 in FashionMNIST.resources:  # they stay packed: the reader unpacks them
+        utils.download_url(
+            FashionMNIST.mirrors[0] + filename, str(folder / "FashionMNIST" / "raw"), filename, md5
+        )
+
+
+def _unpack(archive: Path) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extractall(archive.parent, filter="data")
+
+
+PUBLICATIONS = {
+    "cifar10": Publication(
+        title="CIFAR-10",
+        subfolder="cifar-10-batches-py",
+        md5={
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+        elsewhere=(),
+        by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {folder}",
+        download=_download_cifar10,
+    ),
+    "cifar100": Publication(
+        title="CIFAR-100",
+        subfolder="cifar-100-python",
+        md5={
+            "meta": "7973b15100ade9c7d40fb424638fde48",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+        },
+        elsewhere=(),
+        by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz in {folder}",
+        download=_download_cifar100,
+    ),
+    "fashion-mnist": Publication(
+        title="Fashion-MNIST",
+        subfolder="FashionMNIST/raw",
+        md5={
+            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+        elsewhere=(DEBIAN_FOLDER,),
+        by_hand="put the four files *-ubyte.gz of https://github.com/zalandoresearch/fashion-mnist in "
+        "{inside}, or on Debian and Ubuntu install the package dataset-fashion-mnist",
+        download=_download_fashion_mnist,
+    ),
+}
+
+
+def locate(name: str, folder: Path, download: bool) -> tuple[dict[str, Path], str]:
+    """The files of data set `name` by published name, and a line that says where they came from.
+
+    Looks in torchvision's layout below `folder`, in `folder` itself and in the system's folders; then
+    downloads if it may. A file may lack its .gz. Raises DataError if the files are incomplete, or neither
+    there nor downloaded.
+    """
+    publication = PUBLICATIONS[name]
+    inside = folder / publication.subfolder
+    places = [inside, folder, *publication.elsewhere]
+    for place in places:
+        files = _files_in(place, publication)
+        if len(files) == len(publication.md5):
+            return files, f"{place}: {_verdict(files, publication)}"
+    missing = publication.md5.keys() - _files_in(inside, publication).keys()
+    if inside.exists():
+        reason = f"{inside} is incomplete: it lacks {', '.join(sorted(missing))}"
+    elif download:
+        reason = _fetch(publication, folder)
+    else:
+        reason = "downloading is switched off"
+    if reason:
+        raise DataError(
+            f"{publication.title} was not found in {', '.join(map(str, places))}, and was not downloaded "
+            f"({reason}). To get it by hand, {publication.by_hand.format(folder=folder, inside=inside)}. "
+            "--dataset digits needs no files"
+        )
+    files = _files_in(inside, publication)
+    return files, f"{inside}: downloaded, {_verdict(files, publication)}"
+
+
+def _files_in(place: Path, publication: Publication) -> dict[str, Path]:
+    """Those of the files that are in `place`, by published name."""
+    found: dict[str, Path] = {}
+    for name in publication.md5:
+        for path in (place / name, place / name.removesuffix(".gz")):
+            if path.is_file():
+                found.setdefault(name, path)
+    return found
+
+
+def _verdict(files: dict[str, Path], publication: Publication) -> str:
+    """Whether the files are the published ones, byte for byte."""
+    if all(path.name == name and _md5(path) == publication.md5[name] for name, path in files.items()):
+        return "the published checksums hold"
+    return "not the published files byte for byte; shapes, counts and labels are checked"
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fetch(publication: Publication, folder: Path) -> str:
+    """Download into `folder`, whole or not at all. Returns why it failed, "" if it did not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as temporary:
+            publication.download(Path(temporary))
+            target = folder / publication.subfolder
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(temporary) / publication.subfolder, target)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum does not hold
+        return str(error)
+    return ""

@@ -1,0 +1,1 @@
+"""What comes out: evaluation, metrics and plots of an ensemble."""

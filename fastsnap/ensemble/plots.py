@@ -1,0 +1,127 @@
+"""The two pictures of a run: error against the number of snapshots averaged; rate and loss over epochs."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fastsnap.ensemble.evaluate import Report
+from fastsnap.kernels.schedule import Schedule
+from fastsnap.run_folder import RunFolder, SnapshotEntry, write_atomically
+
+DOTS_PER_INCH = 160
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+RATE_POINTS = 2000  # finer than the picture's pixels
+LOG_SCALE_FROM = 20.0  # ratio of the largest to the smallest loss
+MOST_LABELS, MOST_WORDS = 15, 6  # snapshots that can be numbered, and called "snapshot 1", without crowding
+
+
+def error_figure(report: Report) -> Figure:
+    """Top-1 error, percent, of each snapshot alone (left) and of the first and last m averaged (right)."""
+    figure = Figure(figsize=(9, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
+    alone, together = figure.subplots(1, 2, sharey=True)
+    last_error = report.metrics.alone[-1].error
+    numbers = [entry.number for entry in report.snapshots]
+    errors = [metrics.error for metrics in report.metrics.alone]
+    alone.plot(numbers, errors, "o", color=GREEN, label="one snapshot")
+    sizes = range(1, len(numbers) + 1)
+    first = [metrics.error for metrics in report.metrics.first_m]
+    last = [metrics.error for metrics in report.metrics.last_m]
+    together.plot(sizes, first, "s--", color=ORANGE, label="first m averaged", markerfacecolor="white")
+    together.plot(sizes, last, "o-", color=BLUE, label="last m averaged")
+    for axes, low, high in ((alone, numbers[0], numbers[-1]), (together, 1, len(numbers))):
+        label = f"last snapshot alone ({last_error:.2f} %)" if axes is together else None
+        axes.axhline(last_error, color=GREY, linewidth=1, linestyle=":", label=label, zorder=0)
+        axes.set_xlim(low - 0.5, high + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _tidy(axes)
+    alone.set(xlabel="snapshot", ylabel="top-1 error (%)", title="each alone")
+    together.set(xlabel="m, number of snapshots averaged", title="averaged")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(
+        f"{report.run}: error of {report.net} on {report.dataset} {report.split}, {report.images:,} images"
+    )
+    return figure
+
+
+def training_figure(
+    title: str,
+    schedule: Schedule,
+    updates_per_epoch: float,
+    epochs: Sequence[dict[str, Any]],
+    snapshots: Sequence[SnapshotEntry],
+) -> Figure:
+    """Learning rate (top) and training loss (bottom) over the epochs, with the snapshots marked.
+
+    epochs     lines of metrics.jsonl: "step" (updates done), "train_loss"; none in the first epoch
+    snapshots  at least one
+    """
+    figure = Figure(figsize=(9, 5.2), dpi=DOTS_PER_INCH, layout="constrained")
+    rate, loss = figure.subplots(2, 1, sharex=True)
+    done = max([entry.step for entry in snapshots] + [record["step"] for record in epochs])
+    steps = sorted({round(index * (done - 1) / RATE_POINTS) for index in range(RATE_POINTS + 1)})
+    rates = [schedule.rate(step) for step in steps]
+    times = [step / updates_per_epoch for step in [*steps, done]]
+    rate.plot(
+        times, [*rates, rates[-1]], color=BLUE, drawstyle="steps-post"
+    )  # a rate holds for its whole update
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    figure.suptitle(title)
+    losses = [record["train_loss"] for record in epochs]
+    positions = [record["step"] / updates_per_epoch for record in epochs]
+    loss.plot(positions, losses, "o-" if len(losses) < 60 else "-", color=ORANGE, markersize=4)
+    if losses and 0 < LOG_SCALE_FROM * min(losses) < max(losses):
+        loss.set_yscale("log")
+    loss.set(xlabel="epochs", ylabel="training loss (nats)", xlim=(0, done / updates_per_epoch * 1.01))
+    for axes in (rate, loss):
+        _mark_snapshots(axes, snapshots, updates_per_epoch, numbered=axes is rate)
+        _tidy(axes)
+    return figure
+
+
+def _mark_snapshots(
+    axes: Axes, snapshots: Sequence[SnapshotEntry], updates_per_epoch: float, *, numbered: bool
+) -> None:
+    every = math.ceil(len(snapshots) / MOST_LABELS) or 1
+    for entry in snapshots:
+        position = entry.step / updates_per_epoch
+        axes.axvline(position, color=GREEN, linewidth=1, linestyle="--", zorder=0)
+        if numbered and (snapshots[-1].number - entry.number) % every == 0:
+            axes.annotate(
+                f"snapshot {entry.number}" if len(snapshots) <= MOST_WORDS else f"{entry.number}",
+                (position, 1.02),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                color=GREEN,
+                fontsize=9,
+            )
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure` as a PNG, replacing an older one only when complete."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_atomically(path, content.getvalue())
+
+
+def save_plots(folder: RunFolder, report: Report) -> None:
+    """Write error-against-m.png and training.png into `folder`."""
+    save(error_figure(report), folder.path / "error-against-m.png")
+    config = folder.config()
+    updates_per_epoch = math.ceil(config["images"]["train"] / config["batch_size"])
+    steps = config["epochs"] * updates_per_epoch
+    schedule = Schedule(config["schedule"], steps, config["cycles"], config["learning_rate"])
+    title = f"{report.run}: learning rate and training loss, {report.net} on {report.dataset}"
+    figure = training_figure(title, schedule, updates_per_epoch, folder.metrics(), folder.snapshots())
+    save(figure, folder.path / "training.png")

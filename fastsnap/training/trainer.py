@@ -1,0 +1,249 @@
+"""The training loop: from any step to the last, saving what the run folder keeps."""
+
+import math
+import time
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fastsnap.data.pipeline import Pipeline
+from fastsnap.kernels.schedule import Schedule
+from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.training.apex import ApexSGD
+from fastsnap.training.optim import SnapshotSGD
+from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
+from fastsnap.training.step import TrainStep
+from fastsnap.training.stopping import TrainingStopped, stop_signals
+
+LOG_STEPS = 50  # most steps between two looks at the loss: each one waits for the device
+LOG_SECONDS = 2.0  # most seconds between two looks, for slow steps
+CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epochs
+WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
+ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
+LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
+
+
+class TrainingDiverged(RunError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass
+class Look:
+    """What was read from the device at the last look: sums over the images of the current epoch."""
+
+    step: int
+    time: float
+    loss_sum: float = 0.0
+    errors: float = 0.0
+    images: int = 0
+
+
+class Trainer:
+    """A training run at some step.
+
+    network    the plain module; its parameters are views of optimizer.flat
+    optimizer  fastsnap.training.optim.SnapshotSGD, or fastsnap.training.apex.ApexSGD, which has the same state
+    pipeline   batches of `images` training images
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: SnapshotSGD | ApexSGD,
+        train_step: TrainStep,
+        pipeline: Pipeline,
+        schedule: Schedule,
+        images: int,
+        folder: RunFolder,
+    ) -> None:
+        self.network, self.optimizer, self.train_step = network, optimizer, train_step
+        self.pipeline, self.schedule, self.images, self.folder = pipeline, schedule, images, folder
+        self.step = 0  # updates done
+        self.seconds = 0.0  # spent training until the current session
+        self.epoch_seconds = 0.0  # of them, in the current epoch
+
+    # -- the loop
+
+    def run(self, display: ProgressDisplay) -> None:
+        """Train from `self.step` to the last.
+
+        Raises TrainingStopped, TrainingDiverged, and RunError if saving fails.
+        """
+        self._first_step = self.step
+        self._session_start = self._epoch_start = self._checkpoint_time = time.perf_counter()
+        self._warm = (self.step, self._session_start)
+        self._shapes: set[tuple[int, ...]] = set()
+        self._estimated = False
+        self._look = Look(self.step, self._session_start)
+        with stop_signals() as stop:
+            while self.step < self.schedule.steps:
+                for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
+                    self.train_step(images, labels)
+                    self.step += 1
+                    self._notice_warm_up(images.shape)
+                    self._after_step(display, stop.signal_number)
+
+    def _notice_warm_up(self, shape: tuple[int, ...]) -> None:
+        """Leave the first steps, and the first of a batch size (the compiler starts again), out of the estimate."""
+        if self.step <= self._first_step + WARM_UP_STEPS or shape not in self._shapes:
+            self._warm = (self.step, time.perf_counter())
+        self._shapes.add(shape)
+
+    def _after_step(self, display: ProgressDisplay, stop_signal: int | None) -> None:
+        now = time.perf_counter()
+        epoch_ended = self.step % self.pipeline.steps_per_epoch == 0
+        cycle_ended = self.schedule.ends_cycle(self.step - 1)
+        checkpoint_due = bool(epoch_ended or stop_signal) or now - self._checkpoint_time >= CHECKPOINT_SECONDS
+        saving = cycle_ended or checkpoint_due
+        look_due = self.step - self._look.step >= LOG_STEPS or now - self._look.time >= LOG_SECONDS
+        # Nothing is saved that was not looked at: a diverged network never replaces a good checkpoint or snapshot.
+        if saving or look_due:
+            self._look_at_loss(display, epoch_ended=epoch_ended, saving=saving)
+        if cycle_ended:
+            self._save_snapshot(display)
+        if epoch_ended:
+            self._end_epoch()
+        if checkpoint_due:
+            self.save_checkpoint()
+        if stop_signal and self.step < self.schedule.steps:
+            raise TrainingStopped(stop_signal, "a checkpoint is saved")
+
+    def _look_at_loss(self, display: ProgressDisplay, *, epoch_ended: bool, saving: bool) -> None:
+        loss_sum, errors = self.train_step.totals.tolist()  # waits for the device
+        looked_before = self._look.step
+        self._look = Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen())
+        # The last update may have broken the weights after a loss that still was finite.
+        if not math.isfinite(loss_sum) or (saving and not self.optimizer.flat.data.isfinite().all()):
+            raise TrainingDiverged(
+                f"the loss became NaN or infinite between steps {looked_before + 1} and {self.step} "
+                f"(epoch {self._epoch()}, cycle {self._cycle()}); the {len(self.folder.snapshots())} snapshots saved "
+                f"before are kept in {self.folder.path}. Try a lower --lr or --precision fp32, with another --out"
+            )
+        status = self._status()
+        display.show(status, epoch_ended=epoch_ended)
+        if not self._estimated and self.step - self._warm[0] >= ESTIMATE_STEPS:
+            self._estimated = True
+            display.message(self._estimate(status))
+
+    def _status(self) -> Status:
+        look = self._look
+        return Status(
+            step=self.step,
+            steps=self.schedule.steps,
+            epoch=self._epoch(),
+            epochs=self.schedule.steps // self.pipeline.steps_per_epoch,
+            cycle=self._cycle(),
+            cycles=self.schedule.cycles,
+            learning_rate=self.schedule.rate(self.step - 1),
+            loss=look.loss_sum / look.images,
+            error=100 * look.errors / look.images,
+            images_per_second=look.images / self._seconds_in_epoch(),
+            seconds_left=self._seconds_left(),
+        )
+
+    def _seconds_left(self) -> float:
+        step, start = self._warm
+        if step == self.step:  # all that there is to go by
+            step, start = self._first_step, self._session_start
+        return (self._look.time - start) / (self.step - step) * (self.schedule.steps - self.step)
+
+    def _estimate(self, status: Status) -> str:
+        device = "GPU" if self.train_step.device.type == "cuda" else "CPU"
+        text = f"estimated time: {format_seconds(status.seconds_left)} on this {device}"
+        if status.seconds_left > LONG_RUN_SECONDS:
+            text += (
+                "; shorter with make variables EPOCHS=30, NET=resnet20 (--epochs, --net), with --train-images N, "
+                "or on a GPU. Ctrl-C saves a checkpoint"
+            )
+        return text
+
+    # -- saving
+
+    def _save_snapshot(self, display: ProgressDisplay) -> None:
+        entry = self.folder.save_snapshot(
+            self.network.state_dict(),
+            step=self.step,
+            cycle=self._cycle(),
+            epoch=self._epoch(),
+            learning_rate=self.schedule.rate(self.step - 1),
+            train_loss=self._look.loss_sum / self._look.images,
+        )
+        display.message(
+            f"saved snapshot {entry.number} of {self.schedule.cycles}: {self.folder.path / entry.file}"
+        )
+
+    def _end_epoch(self) -> None:
+        seconds = self._seconds_in_epoch()
+        self.folder.append_metrics(
+            {
+                "step": self.step,
+                "epoch": self._epoch(),
+                "cycle": self._cycle(),
+                "lr": self.schedule.rate(self.step - 1),
+                "train_loss": self._look.loss_sum / self.images,
+                "train_error": 100 * self._look.errors / self.images,
+                "images_per_second": self.images / seconds,
+                "seconds": self._seconds_in_all(),
+            }
+        )
+        self.train_step.totals.zero_()
+        self._look = Look(self.step, self._look.time)
+        self.epoch_seconds, self._epoch_start = 0.0, time.perf_counter()
+
+    def save_checkpoint(self) -> None:
+        """Save everything that the rest of the run depends on."""
+        state = {
+            "step": self.step,
+            "steps": self.schedule.steps,
+            "seconds": self._seconds_in_all(),
+            "epoch_seconds": self._seconds_in_epoch(),
+            "scaler": self.train_step.scaler.state_dict(),
+        }
+        self.folder.save_checkpoint(self._tensors(), state)
+        self._checkpoint_time = time.perf_counter()
+
+    def resume(self) -> bool:
+        """Go to the folder's checkpoint, if it has one. Raises RunError for one that does not fit this run."""
+        checkpoint = self.folder.load_checkpoint()
+        if checkpoint is None:
+            self.folder.forget_after(0)
+            return False
+        tensors, state = checkpoint
+        own = self._tensors()
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()} or (
+            state["steps"] != self.schedule.steps
+        ):
+            raise RunError(
+                f"the checkpoint in {self.folder.path} is of another network, data set or version; choose another --out"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self.optimizer.seek(state["step"])
+        self.train_step.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.epoch_seconds = state["step"], state["seconds"], state["epoch_seconds"]
+        self.folder.forget_after(self.step)
+        return True
+
+    def _tensors(self) -> dict[str, Tensor]:
+        buffers = {f"buffer.{name}": buffer for name, buffer in self.network.named_buffers()}
+        flat = {"parameters": self.optimizer.flat.data, "momentum": self.optimizer.momentum}
+        return flat | {"totals": self.train_step.totals} | buffers
+
+    # -- where the run is
+
+    def _epoch(self) -> int:
+        return (self.step - 1) // self.pipeline.steps_per_epoch + 1
+
+    def _cycle(self) -> int:
+        return self.schedule.cycle(self.step - 1) + 1
+
+    def _images_seen(self) -> int:
+        """Images of the current epoch trained on; all of them right after its last step."""
+        steps = self.step - (self._epoch() - 1) * self.pipeline.steps_per_epoch
+        return min(steps * self.pipeline.batch_size, self.images)
+
+    def _seconds_in_all(self) -> float:
+        return self.seconds + time.perf_counter() - self._session_start
+
+    def _seconds_in_epoch(self) -> float:
+        return self.epoch_seconds + time.perf_counter() - self._epoch_start

@@ -1,0 +1,214 @@
+"""The command line of the evaluation: what it prints where, what it writes, and how it fails."""
+
+import dataclasses
+import io
+import json
+import os
+
+import pytest
+import torch
+from rich.console import Console
+from small_run import small_dataset, small_run
+
+from fastsnap.ensemble.evaluate import Report, evaluate_run
+from fastsnap.ensemble.metrics import Difference
+from fastsnap.ensemble_eval import main, print_report, report_run, summary
+
+CPU = torch.device("cpu")
+WRITTEN = {"ensemble.json", "error-against-m.png", "training.png"}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Report:
+    folder = small_run(tmp_path_factory.mktemp("runs") / "digits-run", snapshots=3)
+    return evaluate_run(folder, dataset=small_dataset(), device=CPU)
+
+
+def printed(report: Report, width: int = 80) -> str:
+    file = io.StringIO()
+    print_report(report, Console(file=file, width=width))
+    return file.getvalue()
+
+
+def test_prints_the_tables_and_writes_the_files(tmp_path, capsys):
+    folder = small_run(tmp_path / "digits-run", snapshots=3)
+    assert main([str(folder.path), "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "digits-run: resnet8 on digits test, 360 images (cpu, fp32" in out
+    assert "saved ensemble.json" in out
+    assert {path.name for path in folder.path.iterdir()} >= WRITTEN
+    content = json.loads((folder.path / "ensemble.json").read_text())
+    for row in content["members"] + content["last_m"]:
+        cells = [f"{row['error']:.2f}", f"{row['top5_error']:.2f}", f"{row['nll']:.4f}", f"{row['ece']:.4f}"]
+        assert "  ".join(cells).split() in [line.split()[-5:-1] for line in out.splitlines()]
+
+
+def test_without_a_run_it_takes_the_newest_and_says_so_if_there_is_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--device", "cpu"]) == 2
+    assert "python -m fastsnap.train" in capsys.readouterr().err
+    for age, name in enumerate(("newer", "older")):
+        folder = small_run(tmp_path / "runs" / name, snapshots=1)
+        for file in ("config.json", "manifest.json"):
+            os.utime(folder.path / file, (1e9 - age, 1e9 - age))
+    assert main(["--device", "cpu"]) == 0
+    assert "newer: resnet8" in capsys.readouterr().out
+
+
+def test_json_to_standard_output_is_alone_there(tmp_path, capsys):
+    folder = small_run(tmp_path / "run", snapshots=2)
+    assert (
+        main(
+            [str(folder.path), "--json", "-", "--snapshots", "2", "--split", "validation", "--device", "cpu"]
+        )
+        == 0
+    )
+    out, err = capsys.readouterr()
+    content = json.loads(out)
+    assert content == json.loads((folder.path / "ensemble.json").read_text())
+    assert [member["snapshot"] for member in content["members"]] == [2]
+    assert (content["split"], content["images"]) == ("validation", 100)
+    assert "Each snapshot alone" in err
+
+
+def test_json_to_a_file(tmp_path, capsys):
+    folder = small_run(tmp_path / "run", snapshots=1)
+    path = tmp_path / "result.json"
+    assert main([str(folder.path), "--json", str(path), "--batch-size", "64", "--device", "cpu"]) == 0
+    assert json.loads(path.read_text()) == json.loads((folder.path / "ensemble.json").read_text())
+    capsys.readouterr()
+    assert main([str(folder.path), "--json", str(tmp_path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write --json {tmp_path}")
+    assert main([str(folder.path), "--json", str(tmp_path / "nowhere" / "a.json"), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert "there is no folder" in err
+    assert out == ""  # said before the evaluation
+
+
+def test_a_run_that_cannot_be_written_to_still_gives_its_json(tmp_path, capsys):
+    folder = small_run(tmp_path / "run", snapshots=1)
+    (folder.path / "ensemble.json").mkdir()
+    assert main([str(folder.path), "--json", "-", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["run"] == "run"
+    assert "error: cannot save" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--snapshots", "9"], "9"),
+        (["--split", "validation"], "--validation N"),
+        (["--batch-size", "0"], "batch size"),
+        (["no-such-run"], "not a run folder"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(tmp_path, capsys, arguments, named):
+    folder = small_run(tmp_path / "run", snapshots=1, validation=0)
+    run = [] if arguments[0] == "no-such-run" else [str(folder.path)]
+    assert main([*run, *arguments, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert named in err
+    assert not WRITTEN & {path.name for path in folder.path.iterdir()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_an_error(tmp_path, capsys):
+    assert main([str(small_run(tmp_path / "run", snapshots=1).path), "--device", "cuda"]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--snapshots", "1,x"], ["--split", "train"], ["--device", "tpu"]])
+def test_wrong_flags_are_refused_by_the_parser(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for flag in (
+        "RUN",
+        "--snapshots",
+        "--split",
+        "--json",
+        "--batch-size",
+        "--device",
+        "--data",
+        "--version",
+    ):
+        assert flag in text
+
+
+def test_training_hands_over_its_data_set(tmp_path):
+    folder = small_run(tmp_path / "run", snapshots=1, dataset="cifar100", data="nowhere")
+    report = report_run(folder, console=Console(file=io.StringIO()), dataset=small_dataset(), device=CPU)
+    assert report.images == 360
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_no_cell_is_cut_and_a_file_gets_no_control_codes(report, width):
+    text = printed(report, width)
+    assert "…" not in text
+    assert "\x1b" not in text
+    assert "  ".join(("snapshot", "epoch", "end lr", "train loss", "error %", "top-5 %")) in text
+    assert all(len(line) <= 80 for line in text.splitlines() if "─" in line or line.startswith(" "))
+
+
+def test_the_members_of_each_ensemble_are_named(report):
+    rows = [line.split() for line in printed(report).splitlines()]
+    for m, members in (("1", "3"), ("2", "2-3"), ("3", "1-3")):
+        assert any(row[:2] == [m, members] for row in rows)
+    chosen = dataclasses.replace(
+        report,
+        snapshots=tuple(dataclasses.replace(report.snapshots[i], number=n) for i, n in enumerate((1, 2, 5))),
+    )
+    assert "1-2, 5" in printed(chosen)
+
+
+def test_an_unfinished_run_is_called_that(report):
+    assert "not finished" not in printed(report)
+    text = printed(dataclasses.replace(report, planned=6))
+    assert "not finished: 3 of its 6 snapshots" in text
+
+
+def with_result(report: Report, together: float, alone: float, standard_error: float) -> Report:
+    metrics = report.metrics
+    last_m = (*metrics.last_m[:-1], dataclasses.replace(metrics.last_m[-1], error=together))
+    members = (*metrics.alone[:-1], dataclasses.replace(metrics.alone[-1], error=alone))
+    difference = Difference(together - alone, standard_error)
+    changed = dataclasses.replace(metrics, last_m=last_m, alone=members, all_against_last=difference)
+    return dataclasses.replace(report, metrics=changed)
+
+
+def test_the_summary_is_honest(report):
+    better = summary(with_result(report, 24.2, 25.5, 0.3))
+    assert better.startswith(
+        "3 snapshots together: 24.20 % error, 1.30 ± 0.30 points below the last one alone (25.50 %)"
+    )
+    assert "noise" not in better
+    worse = summary(with_result(report, 27.0, 25.5, 0.3))
+    assert "1.50 ± 0.30 points above the last one alone (25.50 %)" in worse
+    assert "within the noise" in summary(with_result(report, 25.1, 25.5, 0.3))
+    assert "the same as the last one alone" in summary(with_result(report, 25.5, 25.5, 0.3))
+
+
+def test_the_test_set_is_not_offered_for_choosing_m(report):
+    assert "Lowest" not in printed(report)
+    assert "--split validation" in printed(report)
+    nlls = [metrics.nll for metrics in report.metrics.last_m]
+    text = printed(dataclasses.replace(report, split="validation"))
+    assert f"Lowest NLL on the validation images: the last {nlls.index(min(nlls)) + 1}." in text
+
+
+def test_one_snapshot_is_no_ensemble(tmp_path):
+    folder = small_run(tmp_path / "run", snapshots=1, planned=1)
+    text = printed(evaluate_run(folder, dataset=small_dataset(), device=CPU))
+    assert "an ensemble needs at least 2" in text
+    assert "To choose m" not in text

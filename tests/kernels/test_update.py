@@ -1,0 +1,113 @@
+"""The update kernel of the CPU against the reference, and the reference against fp64."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from update_cases import Case, cases, check_against_reference, layout_of, state_of
+
+from fastsnap.kernels.schedule import Schedule
+from fastsnap.kernels.update import CHUNK, Layout, Rule, reference_update
+from fastsnap.kernels.update_cpu import CpuUpdate
+
+PLAIN = Case(
+    sizes=(5, 4096, 10_001),
+    weights=torch.float32,
+    gradients=torch.float32,
+    schedule=Schedule("snapshot", 20, 3, 0.3),
+    momentum=0.9,
+    nesterov=True,
+    copy=False,
+    average_decay=None,
+    scaled=False,
+    seed=0,
+)
+RULE = Rule("snapshot", 20, 3, 0.3, 0.9, True)
+
+
+@given(cases(largest=10_000, masters=True))
+def test_agrees_with_the_reference(case):
+    check_against_reference(
+        case, lambda state, rule, layout, decays: CpuUpdate(state, rule, layout, decays, case.schedule.rate)
+    )
+
+
+def test_reference_agrees_with_float64():
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(1000), torch.randn(1000)
+    layout = layout_of((1000,))
+    state = state_of(PLAIN, layout)
+    state.weights[:1000] = weight
+    w, m = weight.double(), torch.zeros(1000, dtype=torch.float64)
+    for step in range(10):
+        reference_update(state, RULE, layout, [gradient, None], [0.01, 0], PLAIN.schedule.rate)
+        direction = gradient.double() + 0.01 * w
+        m = 0.9 * m + direction
+        w = w - PLAIN.schedule.rate(step) * (direction + 0.9 * m)
+    torch.testing.assert_close(state.weights[:1000].double(), w, rtol=1e-6, atol=1e-6)
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.manual_seed(0)
+        layout = layout_of(PLAIN.sizes)
+        state = state_of(PLAIN, layout)
+        update = CpuUpdate(state, RULE, layout, torch.zeros(4), PLAIN.schedule.rate)
+        try:
+            torch.set_num_threads(count)
+            update([torch.randn(size) for size in layout.sizes], torch.float32)
+        finally:
+            torch.set_num_threads(threads)
+        results.append(state.weights)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_every_bit_pattern_are_read_as_torch_reads_them(dtype):
+    gradient = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    gradient = gradient[gradient.isfinite()].clone()
+    layout = layout_of((len(gradient),))
+    state = state_of(PLAIN, layout)
+    CpuUpdate(state, RULE, layout, torch.zeros(2), PLAIN.schedule.rate)([gradient, None], dtype)
+    assert torch.equal(state.momentum[: len(gradient)], gradient.float())
+
+
+def test_bf16_copy_rounds_as_torch_does_and_keeps_nan():
+    case = dataclasses.replace(PLAIN, copy=True)
+    layout = layout_of((70_000,))
+    state = state_of(case, layout)
+    state.weights[:65536] = (torch.arange(65536, dtype=torch.int32) * 65537).view(torch.float32)
+    update = CpuUpdate(state, RULE, layout, torch.zeros(2), PLAIN.schedule.rate)
+    update([None, None], torch.float32)
+    torch.testing.assert_close(state.copy, state.weights.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_parameters_written_by_others_count_and_the_rest_keep_their_master_values():
+    case = dataclasses.replace(PLAIN, weights=torch.bfloat16, master=True)
+    layout = layout_of((64,))
+    state = state_of(case, layout)
+    rule = dataclasses.replace(RULE, momentum=0.0, nesterov=False)
+    update = CpuUpdate(state, rule, layout, torch.zeros(2), lambda step: 1.0)
+    update([torch.full((64,), 1e-5), None], torch.float32)  # less than bf16 resolves
+    before = state.weights.clone()
+    state.copy[:3] = torch.tensor([5.0, torch.nan, -torch.inf])
+    update([None, None], torch.float32)
+    torch.testing.assert_close(
+        state.weights[:3], torch.tensor([5.0, torch.nan, -torch.inf]), equal_nan=True, rtol=0, atol=0
+    )
+    assert torch.equal(state.weights[3:], before[3:])
+    assert not torch.equal(state.weights[3:], state.copy[3:].float())
+
+
+def test_chunks_cover_every_element_once():
+    layout = Layout((0, 16, 16 + 3 * CHUNK), (7, 2 * CHUNK + 1, 0))
+    assert layout.chunks().tolist() == [
+        [0, 0, 0, 7],
+        [1, 0, 16, CHUNK],
+        [1, CHUNK, 16 + CHUNK, CHUNK],
+        [1, 2 * CHUNK, 16 + 2 * CHUNK, 1],
+    ]
+    assert Layout((0, 0), (0, 0)).chunks().tolist() == [[0, 0, 0, 0]]
