@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastsnap.config import TrainConfig, differences, make_config
 from fastsnap.data.datasets import Dataset
-from fastsnap.data.pipeline import Pipeline, make_pipeline
+from fastsnap.data.pipeline import make_pipeline
+from fastsnap.data.plan import Pipeline
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer, describe, settle
 from fastsnap.training.allocator import keep_freed_memory

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .averaging import PER_SAMPLE, EnsembleStatistics, empty_statistics
+from .averaging_reference import PER_SAMPLE, EnsembleStatistics, empty_statistics
 from .averaging_weights import weight_tables
 from .cpu import address, library
 

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .averaging import EnsembleStatistics
 from .averaging_passes import (
     LOWEST,
     below_best,
@@ -24,6 +23,7 @@ from .averaging_passes import (
     normaliser,
     read_block,
 )
+from .averaging_reference import EnsembleStatistics
 from .averaging_weights import weight_tables
 
 FLOATS = ("confidence", "sum_of_squares", "entropy", "mutual_information", "label_log_probability")

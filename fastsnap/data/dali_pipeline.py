@@ -18,14 +18,14 @@ from nvidia.dali import fn
 from torch import Tensor
 
 from fastsnap.data.datasets import ImageSet
-from fastsnap.data.pipeline import Plan
+from fastsnap.data.plan import Plan
 
 PREFETCH = 2  # batches that DALI prepares while the step runs
 THREADS = 1  # the CPU's cores belong to the training step, and a GPU needs the host only for the gather
 
 
 class DaliPipeline:
-    """See pipeline.Pipeline.
+    """See plan.Pipeline.
 
     DALI asks for batches ahead of time. The position (epoch, step) of each batch that it asked for is kept,
     in order, so a jump - an epoch left early, a resume - only moves the cursor and drops the batches in
@@ -51,7 +51,7 @@ class DaliPipeline:
         self._pipe = self._build(list(mean), list(std))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """See pipeline.Pipeline."""
+        """See plan.Pipeline."""
         for step in self._plan.steps(first_step):
             # Unaugmented epochs are all the same, so going from one to any other is not a jump.
             images = self._fetch((epoch if self._plan.augment else 0, step))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
-from fastsnap.data.pipeline import Pipeline, make_pipeline
+from fastsnap.data.pipeline import make_pipeline
+from fastsnap.data.plan import Pipeline
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder, SnapshotEntry

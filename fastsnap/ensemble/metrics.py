@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsnap.kernels.averaging import EnsembleStatistics, average_members
+from fastsnap.kernels.averaging import average_members
+from fastsnap.kernels.averaging_reference import EnsembleStatistics
 
 ECE_BINS = 15  # Guo et al. 2017
 

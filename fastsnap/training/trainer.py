@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastsnap.data.pipeline import Pipeline
+from fastsnap.data.plan import Pipeline
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.training.apex import ApexSGD

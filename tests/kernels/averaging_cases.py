@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies
 from torch import Tensor
 
-from fastsnap.kernels.averaging import EnsembleStatistics, reference_averaging
+from fastsnap.kernels.averaging_reference import EnsembleStatistics, reference_averaging
 
 # |got - fp64| <= 1e-6 * (1 + |fp64|); mutual information is a difference of two entropies, each that exact.
 TOLERANCES = {"mutual_information": 4e-6}
