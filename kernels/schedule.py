@@ -3,6 +3,7 @@
 Steps count from 0. Cycle i (from 0) covers the steps [b_i, b_{i+1}) with b_i = floor(i * T / M): the same as equation 2
 of Huang et al. (2017) when M divides T; when it does not, every cycle still ends annealed (the equation cuts the last
 cycle short and saves it at a high rate). The update kernel computes the same on the device from its step counter.
+A step past the last one is an error: the cosine would begin again, at the full rate, and undo the last snapshot.
 """
 
 import math
@@ -22,7 +23,7 @@ class Schedule:
     cycles          M, 1 <= M <= T
     learning_rate   a0, the rate that every cycle (or the run) starts with; finite and > 0
 
-    Raises ValueError for values outside these ranges.
+    Raises ValueError for values outside these ranges, and its functions for steps outside 0..T-1.
     """
 
     kind: str
@@ -47,8 +48,17 @@ class Schedule:
         """First step of `cycle`, b_i = floor(i * T / M); `boundary(cycles)` is T."""
         return cycle * self.steps // self.cycles
 
+    def check(self, step: int) -> None:
+        """Raise ValueError unless the schedule has an update `step`."""
+        if not 0 <= step < self.steps:
+            raise ValueError(
+                f"step must be from 0 to {self.steps - 1}, got {step}: the schedule has {self.steps} updates and then "
+                "ends, annealed; to train for longer, make one with more steps"
+            )
+
     def cycle(self, step: int) -> int:
         """Cycle that `step` belongs to, from 0."""
+        self.check(step)
         return ((step + 1) * self.cycles - 1) // self.steps
 
     def ends_cycle(self, step: int) -> bool:
@@ -57,8 +67,13 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Learning rate of the update of `step`."""
+        self.check(step)
         if self.kind == "step":
             drops = (2 * step >= self.steps) + (4 * step >= 3 * self.steps)
             return self.learning_rate * STEP_DECAY**drops
         start, end = self.boundary(self.cycle(step)), self.boundary(self.cycle(step) + 1)
         return self.learning_rate / 2 * (math.cos(math.pi * (step - start) / (end - start)) + 1)
+
+    def rate_after(self, updates: int) -> float:
+        """Learning rate of the update that follows `updates` updates; 0 after the last, which none follows."""
+        return 0.0 if updates == self.steps else self.rate(updates)

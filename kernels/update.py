@@ -7,31 +7,28 @@ also read), a running average 8.
 This file is the contract and the reference; `update_cpu` and `update_triton` hold the two kernels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .schedule import Schedule
+
 CHUNK = 4096  # elements of one unit of work: small enough that small networks still fill a device
-STEP_DECAY = 0.1  # the standard schedule divides by 10 at 50 % and at 75 % of the steps
 
 
 @dataclass(frozen=True)
 class Rule:
     """What stays the same during a run. Raises ValueError for values out of range.
 
-    kind, steps, cycles   the schedule: "snapshot" or "step", T and M as in fastsnap.kernels.schedule
-    learning_rate         a0
-    momentum, nesterov    momentum coefficient; dampening is 0
-    average_decay         None: no running average of the weights; 1: the mean over all updates (SWA); below 1:
-                          exponential (EMA), a plain mean until 1 / (1 - decay) updates are in it
+    schedule            the learning rate of every update, and how many there are
+    momentum, nesterov  momentum coefficient; dampening is 0
+    average_decay       None: no running average of the weights; 1: the mean over all updates (SWA); below 1:
+                        exponential (EMA), a plain mean until 1 / (1 - decay) updates are in it
     """
 
-    kind: str
-    steps: int
-    cycles: int
-    learning_rate: float
+    schedule: Schedule
     momentum: float
     nesterov: bool
     average_decay: float | None = None
@@ -56,7 +53,7 @@ class State:
                written another value into `copy` since the last update, the next one goes on from that value
     average    fp32 or None: running average of the weights
     clock      int64 [3]: updates done, updates in the average, programs of the running launch that have finished
-    rate       fp32 [1]: learning rate of the next update
+    rate       fp32 [1]: learning rate of the next update; 0 after the last
     """
 
     weights: Tensor
@@ -125,7 +122,6 @@ def reference_update(
     layout: Layout,
     gradients: Sequence[Tensor | None],
     decays: Sequence[float],
-    rate_of: Callable[[int], float],
     scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -133,10 +129,11 @@ def reference_update(
 
     gradients   one per tensor, dense, in the memory order of the weights; None leaves the tensor as it is
     decays      weight decay of each tensor
-    rate_of     learning rate of an update, from the number of updates before it
     scale       fp32 [] or None: divides the gradients; found_inf: fp32 [] or None: not 0 skips the update, while
                 the schedule goes on (both are torch.amp.GradScaler's)
+    Raises ValueError if all updates of the schedule are done.
     """
+    rule.schedule.check(int(state.clock[0]))
     if found_inf is None or not found_inf.item():
         take_over_parameters(state)
         inverse_scale = 1.0 if scale is None else 1.0 / scale.item()
@@ -145,7 +142,7 @@ def reference_update(
                 _update_tensor(state, rule, offset, gradient, decay, inverse_scale)
         _update_copies(state, rule)
     state.clock[0] += 1
-    state.rate.fill_(rate_of(int(state.clock[0])))
+    state.rate.fill_(rule.schedule.rate_after(int(state.clock[0])))
 
 
 def _update_tensor(

@@ -2,7 +2,7 @@
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,14 +28,13 @@ class UpdateArguments(ctypes.Structure):
 class CpuUpdate:
     """`reference_update` as one call, bound to the tensors of a run."""
 
-    def __init__(
-        self, state: State, rule: Rule, layout: Layout, decays: Tensor, rate_of: Callable[[int], float]
-    ) -> None:
-        """decays: fp32 [tensors], weight decays, read at every update; rate_of: as in `reference_update`."""
+    def __init__(self, state: State, rule: Rule, layout: Layout, decays: Tensor) -> None:
+        """decays: fp32 [tensors], weight decays, read at every update."""
         self._function = library().fastsnap_update
         self._function.restype = ctypes.c_int64
-        self._rate_of = rate_of
+        self._schedule = rule.schedule
         self._rate = ctypes.c_float.from_address(state.rate.data_ptr())
+        self._clock = (ctypes.c_int64 * 3).from_address(state.clock.data_ptr())
         self._chunks = layout.chunks()
         self._kept = state, decays  # the memory that the arguments point to
         self._arguments = UpdateArguments(
@@ -62,13 +61,26 @@ class CpuUpdate:
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> float:
-        """Update from dense gradients, one per tensor or None, all of `gradient_dtype`; returns the next rate."""
+        """Update from dense gradients, one per tensor or None, all of `gradient_dtype`; returns the next rate.
+
+        Raises ValueError if all updates of the schedule are done.
+        """
+        self._schedule.check(self._clock[0])
         addresses = array("q", [0 if gradient is None else gradient.data_ptr() for gradient in gradients])
         arguments = self._arguments
         arguments.addresses = addresses.buffer_info()[0]
         arguments.gradient_type = TYPES[gradient_dtype]
         arguments.scale, arguments.found_inf = address(scale), address(found_inf)
         arguments.threads = torch.get_num_threads()
-        rate = self._rate_of(self._function(ctypes.byref(arguments)))
+        return self._set_rate(self._function(ctypes.byref(arguments)))
+
+    def seek(self, updates: int, averaged: int) -> float:
+        """Go on as after `updates` updates, `averaged` of them in the average; returns the next rate."""
+        rate = self._set_rate(updates)
+        self._clock[0], self._clock[1] = updates, averaged
+        return rate
+
+    def _set_rate(self, updates: int) -> float:
+        rate = self._schedule.rate_after(updates)
         self._rate.value = rate
         return rate

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .update import STEP_DECAY, Layout, Rule, State, capturing
+from .schedule import STEP_DECAY
+from .update import Layout, Rule, State, capturing
 
 BLOCK = 1024  # elements that a program handles at a time
 WARPS = 8
@@ -32,7 +33,8 @@ def quarter_sine(share):
 
 @triton.jit
 def next_rate(step, steps, cycles, learning_rate, STEP_SCHEDULE: tl.constexpr, DECAY: tl.constexpr):
-    """Learning rate of update `step` (int64): `Schedule.rate` in fp32."""
+    """Learning rate of the update after `step` updates (int64): `Schedule.rate_after` in fp32."""
+    learning_rate = tl.where(step < steps, learning_rate, 0.0)
     if STEP_SCHEDULE:
         rate = tl.where(2 * step >= steps, learning_rate * DECAY, learning_rate)
         # 4 * step >= 3 * steps, without a product of `steps`, which is 32 bits wide.
@@ -42,6 +44,20 @@ def next_rate(step, steps, cycles, learning_rate, STEP_SCHEDULE: tl.constexpr, D
     # a0 * sin^2(pi/2 * share that is left): the cosine form would cancel near the end of a cycle.
     sine = quarter_sine((end - step).to(tl.float32) / (end - start).to(tl.float32))
     return learning_rate * sine * sine
+
+
+@triton.jit
+def rate_kernel(
+    clock,
+    rate,
+    steps,
+    cycles,
+    learning_rate,
+    STEP_SCHEDULE: tl.constexpr,
+    DECAY: tl.constexpr,
+):
+    """`rate` of a clock that was set from outside: the bits that the update itself would have left there."""
+    tl.store(rate, next_rate(tl.load(clock), steps, cycles, learning_rate, STEP_SCHEDULE, DECAY))
 
 
 @triton.jit
@@ -75,9 +91,11 @@ def update_kernel(
     flat = tl.multiple_of(tl.load(chunks + 4 * program + 2), ALIGNMENT)
     length = tl.load(chunks + 4 * program + 3)
     address = tl.load(addresses + tensor)
-    applied = True if found_inf is None else tl.load(found_inf) == 0.0
+    now = tl.load(rate)
+    applied = now > 0.0  # 0: past the schedule, which the host cannot know of while a CUDA graph is replayed
+    if found_inf is not None:
+        applied = applied & (tl.load(found_inf) == 0.0)
     if applied:
-        now = tl.load(rate)
         decay = tl.load(decays + tensor)
         inverse_scale = 1.0 if scale is None else 1.0 / tl.load(scale)
         # Flat tensors are padded with zeros up to ALIGNMENT, so their accesses are always whole vectors.
@@ -158,15 +176,14 @@ class TritonUpdate:
         """Update from dense gradients, one per tensor or None, all of `gradient_dtype`; returns the next rate."""
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
         device = self._state.weights.device
-        # Triton launches on the current device, which need not be the one of the parameters.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with _current(device):
             captured = capturing(device)
             table = self._captured_table(addresses) if captured else self._current_table(addresses)
             self._launch(table, DTYPES[gradient_dtype], scale, found_inf)
         return self._state.rate[0]
 
     def _launch(self, table: Tensor, gradient: Any, scale: Tensor | None, found_inf: Tensor | None) -> None:
-        state, rule = self._state, self._rule
+        state, rule, schedule = self._state, self._rule, self._rule.schedule
         update_kernel[(len(self._chunks),)](
             self._chunks,
             table,
@@ -179,19 +196,39 @@ class TritonUpdate:
             state.rate,
             scale,
             found_inf,
-            rule.steps,
-            rule.cycles,
-            rule.learning_rate,
+            schedule.steps,
+            schedule.cycles,
+            schedule.learning_rate,
             rule.momentum,
             1.0 - (rule.average_decay or 0.0),
             GRADIENT=gradient,
             NESTEROV=rule.nesterov,
-            STEP_SCHEDULE=rule.kind == "step",
+            STEP_SCHEDULE=schedule.kind == "step",
             DECAY=STEP_DECAY,
             BLOCK=BLOCK,
             MASTER=state.master,
             num_warps=WARPS,
         )
+
+    def seek(self, updates: int, averaged: int) -> Tensor:
+        """Go on as after `updates` updates, `averaged` of them in the average; returns the next rate.
+
+        Raises ValueError for more updates than the schedule has.
+        """
+        state, schedule = self._state, self._rule.schedule
+        schedule.rate_after(updates)
+        state.clock.copy_(torch.tensor([updates, averaged, 0], dtype=torch.int64, device="cpu"))
+        with _current(state.clock.device):
+            rate_kernel[(1,)](
+                state.clock,
+                state.rate,
+                schedule.steps,
+                schedule.cycles,
+                schedule.learning_rate,
+                STEP_SCHEDULE=schedule.kind == "step",
+                DECAY=STEP_DECAY,
+            )
+        return state.rate[0]
 
     def _current_table(self, addresses: list[int]) -> Tensor:
         if self._table.is_cuda:
@@ -210,6 +247,11 @@ class TritonUpdate:
         self._captured.append((pinned, table))
         pinned.copy_(torch.tensor(addresses))
         return table.copy_(pinned, non_blocking=True)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the one of the parameters."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _host_table(addresses: list[int], pinned: bool) -> Tensor:

@@ -60,15 +60,7 @@ class SnapshotSGD(torch.optim.Optimizer):
         average_decay: float | None = None,
     ) -> None:
         self.schedule = schedule
-        self._rule = Rule(
-            schedule.kind,
-            schedule.steps,
-            schedule.cycles,
-            schedule.learning_rate,
-            momentum,
-            nesterov,
-            average_decay,
-        )
+        self._rule = Rule(schedule, momentum, nesterov, average_decay)
         self._fixed = {"momentum": momentum, "nesterov": nesterov}
         super().__init__(params, {"lr": schedule.rate(0), "weight_decay": weight_decay, **self._fixed})
         named = self._named_parameters()
@@ -98,8 +90,8 @@ class SnapshotSGD(torch.optim.Optimizer):
         views = {name: self.flat.views(flat) for name, flat in flats.items() if flat is not None}
         return {p: {name: views[name][i] for name in views} for i, p in enumerate(self.flat.parameters)}
 
-    def _bind(self) -> Callable[..., float | Tensor]:
-        """The kernel of the device, bound to the tensors of this run; returns the rate of the next update."""
+    def _bind(self) -> Any:
+        """The kernel of the device, bound to the tensors of this run; its calls return the rate of the next update."""
         arguments = self._state, self._rule, self.flat.layout(), self._decays
         if self.backend == "triton":
             from fastsnap.kernels.update_triton import TritonUpdate  # torch with CUDA brings triton
@@ -107,7 +99,7 @@ class SnapshotSGD(torch.optim.Optimizer):
             return TritonUpdate(*arguments)
         from fastsnap.kernels.update_cpu import CpuUpdate
 
-        return CpuUpdate(*arguments, self.schedule.rate)
+        return CpuUpdate(*arguments)
 
     @property
     def weights(self) -> Tensor:
@@ -171,12 +163,10 @@ class SnapshotSGD(torch.optim.Optimizer):
 
         For who restores `weights`, `momentum` and `average` as flat tensors; `copy` follows from `weights`.
         """
-        self._state.clock.copy_(torch.tensor([updates, averaged, 0]))
+        rate = self._update.seek(updates, averaged)
         if self.copy is not None:
             self.copy.copy_(self.weights)
-        rate = self.schedule.rate(updates)
-        self._state.rate.fill_(rate)
-        self._show_rate(rate if self.backend == "cpu" else self._state.rate[0])
+        self._show_rate(rate)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while the optimizer is made: the flat storage cannot grow."""

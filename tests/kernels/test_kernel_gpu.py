@@ -112,7 +112,7 @@ def test_training_agrees_with_torch_sgd_and_its_scheduler():
     optimizer = SnapshotSGD(ours.named_parameters(), SCHEDULE)
     options = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
     oracle = torch.optim.SGD(theirs.parameters(), 1.0, **options)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(oracle, SCHEDULE.rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(oracle, SCHEDULE.rate_after)
     for step in range(30):
         assert optimizer.param_groups[0]["lr"].item() == pytest.approx(SCHEDULE.rate(step), rel=1e-6)
         train_step(ours, optimizer, batch(step))

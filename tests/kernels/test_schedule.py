@@ -65,6 +65,20 @@ def test_standard_schedule_drops_tenfold_at_half_and_three_quarters() -> None:
     assert [step for step in range(7) if schedule.ends_cycle(step)] == [1, 3, 6]
 
 
+@given(plans)
+def test_a_step_outside_of_the_schedule_is_an_error(plan: tuple[int, int]) -> None:
+    steps, cycles = plan
+    schedule = Schedule("snapshot", steps, cycles, 0.2)
+    for step in (-1, steps, steps + 1):
+        for function in (schedule.rate, schedule.cycle, schedule.ends_cycle):
+            with pytest.raises(ValueError, match=f"step must be from 0 to {steps - 1}, got {step}"):
+                function(step)
+    assert schedule.rate_after(steps - 1) == schedule.rate(steps - 1)
+    assert schedule.rate_after(steps) == 0
+    with pytest.raises(ValueError, match="to train for longer"):
+        schedule.rate_after(steps + 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -31,7 +31,7 @@ PLAIN = Case(
     scaled=False,
     seed=0,
 )
-RULE = Rule("snapshot", 20, 3, 0.2, 0.9, True)
+RULE = Rule(PLAIN.schedule, 0.9, True)
 SCHEDULES = [
     Schedule("snapshot", 1, 1, 0.2),
     Schedule("snapshot", 7, 7, 0.2),
@@ -47,16 +47,31 @@ SCHEDULES = [
 def test_rate_and_clock_on_the_device_follow_the_schedule(schedule):
     layout = layout_of((1,))
     state = state_of(dataclasses.replace(PLAIN, schedule=schedule), layout)
-    rule = Rule(schedule.kind, schedule.steps, schedule.cycles, schedule.learning_rate, 0.9, True)
-    update = TritonUpdate(state, rule, layout, torch.zeros(2))
+    update = TritonUpdate(state, Rule(schedule, 0.9, True), layout, torch.zeros(2))
     last = schedule.steps - 1
     near_boundaries = {schedule.boundary(i) + d for i in range(schedule.cycles + 1) for d in (-2, -1, 0, 1)}
     for step in sorted({0, last // 2, 3 * schedule.steps // 4} | near_boundaries):
-        if 0 <= step <= last:
+        if 1 <= step <= last:
             state.clock[0] = step - 1
-            rate = update([None, None], torch.float32)
+            rate = update([None, None], torch.float32).clone()
             assert state.clock.tolist() == [step, 0, 0]
             assert rate.item() == pytest.approx(schedule.rate(step), rel=1e-6), step
+            assert torch.equal(update.seek(step, 0), rate), step
+    assert update.seek(schedule.steps, 0) == 0
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "step"])
+def test_an_update_past_the_schedule_changes_nothing(kind):
+    """A host that replays a CUDA graph cannot raise."""
+    rule = Rule(Schedule(kind, 2, 1, 0.1), 0.9, True, average_decay=1.0)
+    layout = layout_of((64,))
+    state = state_of(dataclasses.replace(PLAIN, schedule=rule.schedule, average_decay=1.0), layout)
+    update = TritonUpdate(state, rule, layout, torch.zeros(2))
+    for _ in range(2):
+        update([torch.ones(64), None], torch.float32)
+    before = [tensor.clone() for tensor in (state.weights, state.momentum, state.average)]
+    assert update([torch.ones(64), None], torch.float32) == 0
+    assert all(map(torch.equal, before, (state.weights, state.momentum, state.average)))
 
 
 def after_two_updates(case: Case, write: Callable[[torch.Tensor], None]) -> State:

@@ -51,7 +51,7 @@ def test_200_steps_agree_with_torch_sgd_and_its_scheduler(momentum, nesterov):
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": 1e-3}
     optimizer = SnapshotSGD(ours.parameters(), SCHEDULE, **options)
     oracle = torch.optim.SGD(theirs.parameters(), 1.0, **options)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(oracle, SCHEDULE.rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(oracle, SCHEDULE.rate_after)
     for step in range(200):
         assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
         train(ours, optimizer, 1, first=step)

@@ -50,7 +50,7 @@ def train_torch(ranks: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """The same in one process: the gradient is the mean over the ranks."""
     net = network(0, dtype)
     optimizer = torch.optim.SGD(net.parameters(), 1.0, **OPTIONS)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULE.rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULE.rate_after)
     for step in range(5):
         optimizer.zero_grad()
         for rank in range(ranks):

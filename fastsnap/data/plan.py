@@ -1,0 +1,77 @@
+"""What every pipeline keeps to: which images a batch holds, and how each is cropped and flipped.
+
+The augmentation is that of the authors' code: normalise, flip with probability 1/2, zero-pad, crop at random.
+The padding follows the normalisation, so it has the mean colour.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsnap.data.draws import crops_and_flips, permutation
+
+
+class Pipeline(Protocol):
+    """What the training loop and the evaluation iterate over."""
+
+    name: str  # "dali-cpu", "dali-gpu" or "torch"
+    batch_size: int
+    steps_per_epoch: int  # batches in an epoch, the last partial one included
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `epoch` (from 0), starting at batch `first_step`.
+
+        Yields images float32 [B, C, H, W] in channels-last memory and labels int64 [B], both on the device.
+        They belong to the caller: no later batch overwrites them. Epochs may be left early and visited in
+        any order.
+        """
+        ...
+
+
+class Batch(NamedTuple):
+    """The draws of one batch, or of a whole epoch, in the order in which the images are visited."""
+
+    indices: NDArray[np.int64]  # [B] into the image set
+    offsets: NDArray[np.int64]  # [B, 2] row and column of the crop in the padded image
+    flips: NDArray[np.bool_]  # [B]
+
+
+class Plan:
+    """Which images each batch holds and how they are augmented: a function of (seed, epoch, step).
+
+    Without augmentation every epoch is the same: the images in their order, unflipped and uncropped.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, augment: bool, padding: int, flip: bool
+    ) -> None:
+        self.count, self.batch_size = count, batch_size
+        self.augment, self.padding = augment, padding if augment else 0
+        self.steps_per_epoch = -(-count // batch_size)
+        self._seed, self._flip = seed, flip
+        # Two epochs are in use at once while the next one is prefetched.
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def steps(self, first_step: int) -> range:
+        """The batches of an epoch from `first_step`. Raises ValueError outside 0..steps_per_epoch."""
+        if not 0 <= first_step <= self.steps_per_epoch:
+            raise ValueError(f"first step must be between 0 and {self.steps_per_epoch}, got {first_step}")
+        return range(first_step, self.steps_per_epoch)
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """The draws of batch `step` of `epoch`."""
+        part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        indices, offsets, flips = self._epoch(epoch if self.augment else 0)
+        return Batch(indices[part], offsets[part], flips[part])
+
+    def _draw_epoch(self, epoch: int) -> Batch:
+        if not self.augment:
+            count = self.count
+            return Batch(np.arange(count), np.zeros((count, 2), np.int64), np.zeros(count, bool))
+        order = permutation(self._seed, epoch, self.count)
+        offsets, flips = crops_and_flips(self._seed, epoch, self.count, self.padding, self._flip)
+        return Batch(order, offsets[order], flips[order])
