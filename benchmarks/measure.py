@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fastsnap.training.step import choose_device
+from fastsnap.device import choose_device
 
 PROJECT = "fastsnap"
 # What an opponent needs, by the name that is imported, and the command that installs it.

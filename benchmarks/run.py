@@ -110,7 +110,7 @@ def _settings(options: argparse.Namespace) -> "Settings":
     from measure import Settings
     from task import load_images
 
-    from fastsnap.training.step import choose_device
+    from fastsnap.device import choose_device
 
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}")

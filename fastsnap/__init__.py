@@ -1,11 +1,34 @@
 """Train a snapshot ensemble in one training run, and measure what it is worth.
 
-The library is used through its modules; importing this package does nothing else:
+    python -m fastsnap.train          one training run -> M snapshots
+    python -m fastsnap.ensemble_eval  the table of the ensemble
 
-    fastsnap.train          python -m fastsnap.train: one training run -> M snapshots
-    fastsnap.ensemble_eval  python -m fastsnap.ensemble_eval: the table of the ensemble
-    fastsnap.training.optim  SnapshotSGD, the fused update as a torch.optim.Optimizer
-    fastsnap.kernels.schedule  the learning rate and the cycle as pure functions of the step
+As a library: the names below. Importing this package does nothing; a name brings what it needs when it is first used.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastsnap.kernels.averaging import average_members as average_members
+    from fastsnap.kernels.schedule import Schedule as Schedule
+    from fastsnap.training.optim import SnapshotSGD as SnapshotSGD
+
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Schedule": "fastsnap.kernels.schedule",  # the learning rate and the cycle as pure functions of the step
+    "SnapshotSGD": "fastsnap.training.optim",  # the fused update as a torch.optim.Optimizer
+    "average_members": "fastsnap.kernels.averaging",  # all statistics of an ensemble from its members' logits
+}
+__all__ = ["Schedule", "SnapshotSGD", "average_members"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]

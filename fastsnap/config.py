@@ -8,15 +8,14 @@ from typing import Any
 
 from fastsnap import __version__
 from fastsnap.data import datasets
+from fastsnap.data.pipeline import LOADERS
+from fastsnap.device import DEVICES, PRECISIONS
 from fastsnap.kernels import schedule
-from fastsnap.nets import resnet as models
+from fastsnap.limits import MOST_THREADS
+from fastsnap.nets import resnet
 from fastsnap.run_folder import RUNS
-
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-DEVICES = ("auto", "cpu", "cuda")
-LOADERS = ("auto", "dali", "torch")
-COMPILE = ("auto", "on", "off")
-UPDATES = ("fused", "apex")
+from fastsnap.training.step import COMPILE
+from fastsnap.training.updates import UPDATES
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class TrainConfig:
     )
     shortcut: str = _option(
         "residual shortcut: A zero-padded identity, B 1x1 convolution where the shape changes, C everywhere",
-        choices=models.SHORTCUTS,
+        choices=resnet.SHORTCUTS,
         default="A",
     )
     momentum: float = _option("Nesterov momentum, from 0 up to below 1; 0 is plain SGD", default=0.9)
@@ -92,7 +91,7 @@ class TrainConfig:
     )
     device: str = _option("where to train; auto: CUDA if there is one", choices=DEVICES, default="auto")
     precision: str = _option(
-        "of the forward and backward pass; auto: bf16 where the device computes in it, else fp32",
+        "of the forward and backward pass; auto: bf16 where the device has instructions for it, else fp32",
         choices=PRECISIONS,
         default="auto",
     )
@@ -100,6 +99,10 @@ class TrainConfig:
         "data pipeline, with the same batches; auto: DALI on CUDA if installed, else PyTorch's",
         choices=LOADERS,
         default="auto",
+    )
+    threads: int | None = _option(
+        "of the CPU (default: the cores that this process may use, a container's quota respected)",
+        default=None,
     )
     compile: str = _option("torch.compile; auto: on CUDA only", choices=COMPILE, default="auto")
     update: str = _option(
@@ -110,9 +113,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         datasets.check_name(self.dataset)
-        models.parse_name(self.net)
+        resnet.parse_name(self.net)
         for name in ("cycles", "epochs", "batch_size", "train_images"):
             _require(self, name, "at least 1", lambda value: value >= 1)
+        _require(self, "threads", f"from 1 to {MOST_THREADS}", lambda value: 1 <= value <= MOST_THREADS)
         _require(
             self, "learning_rate", "finite and above 0", lambda value: math.isfinite(value) and value > 0
         )
@@ -151,13 +155,14 @@ def _require(config: TrainConfig, name: str, condition: str, holds: Any) -> None
         raise ValueError(f"{name}{f' (--{flag})' if flag else ''} must be {condition}, got {value}")
 
 
-# Where the files lie does not change the result; everything else does, if only in the last bits.
-LOCATION_FIELDS = ("data", "out")
+# Where the files lie does not change the result, and threads only its last bits, which a resumed run says. All
+# else is another run.
+FREE_FIELDS = ("data", "out", "threads")
 
 
 def differences(config: TrainConfig, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields in which `config` and a run folder's config.json differ: name -> (asked for, in the folder)."""
-    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in LOCATION_FIELDS}
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
     return {name: (value, saved.get(name)) for name, value in asked.items() if saved.get(name) != value}
 
 

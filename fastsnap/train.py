@@ -18,18 +18,18 @@ from fastsnap import __version__
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.datasets import Dataset, load_dataset
 from fastsnap.data.pipeline import choose_loader, make_pipeline
-from fastsnap.ensemble_eval import report_run
+from fastsnap.device import choose_device, choose_precision
+from fastsnap.ensemble.report import report_run
 from fastsnap.kernels.schedule import Schedule
+from fastsnap.limits import choose_threads
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.training.allocator import keep_freed_memory
-from fastsnap.training.apex import ApexSGD
-from fastsnap.training.flat import FlatParameters
-from fastsnap.training.optim import SnapshotSGD
 from fastsnap.training.progress import ProgressDisplay
-from fastsnap.training.step import TrainStep, choose_device, choose_precision
+from fastsnap.training.step import TrainStep, choose_compile
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
 from fastsnap.training.trainer import Trainer
+from fastsnap.training.updates import build_optimizer
 
 
 def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:
@@ -59,7 +59,9 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         operations=PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS,
     )
     network = network.to(device).to(memory_format=torch.channels_last).train()
-    optimizer = _build_optimizer(config, network, schedule)
+    optimizer = build_optimizer(
+        config.update, network, schedule, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     train_step = TrainStep(
         network,
         optimizer,
@@ -71,29 +73,16 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
     return Trainer(network, optimizer, train_step, pipeline, schedule, len(dataset.train.labels), folder)
 
 
-def _build_optimizer(
-    config: TrainConfig, network: torch.nn.Module, schedule: Schedule
-) -> SnapshotSGD | ApexSGD:
-    flat = FlatParameters(network.named_parameters())
-    options: dict[str, Any] = {
-        "momentum": config.momentum,
-        "weight_decay": config.weight_decay,
-        "nesterov": config.momentum > 0,
-        "flat": flat,
-    }
-    if config.update == "apex":
-        return ApexSGD(network.parameters(), schedule, **options)
-    return SnapshotSGD(network.named_parameters(), schedule, **options)
-
-
 def settle(config: TrainConfig) -> TrainConfig:
-    """`config` with every "auto" replaced by what it means on this machine."""
+    """`config` with everything that is left to this machine replaced by what it means here."""
     device = choose_device(config.device)
-    compiled = ("on" if device.type == "cuda" else "off") if config.compile == "auto" else config.compile
-    precision = choose_precision(config.precision, device)
-    loader = choose_loader(config.loader, device)
     return dataclasses.replace(
-        config, device=device.type, precision=precision, compile=compiled, loader=loader
+        config,
+        device=device.type,
+        precision=choose_precision(config.precision, device).name,
+        compile=choose_compile(config.compile, device),
+        loader=choose_loader(config.loader, device),
+        threads=choose_threads(config.threads).count,
     )
 
 
@@ -102,7 +91,8 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
 
     Raises ValueError for anything that cannot be done as asked, TrainingStopped after SIGTERM or Ctrl-C.
     """
-    config = settle(config)
+    asked, config = config, settle(config)
+    torch.set_num_threads(config.threads or 1)
     folder = RunFolder(config.out)
     if folder.exists():
         _require_same(config, folder)
@@ -117,7 +107,7 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
         if folder.exists():  # a process that held the lock until now may have made it
             _require_same(config, folder)
         trainer = build_trainer(config, dataset, folder)
-        _print_summary(console, config, dataset, trainer)
+        _print_summary(console, asked, config, dataset, trainer)
         if not folder.exists():
             folder.write_json("config.json", describe(config, dataset))
         resumed = trainer.resume()
@@ -175,7 +165,6 @@ def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -191,18 +180,23 @@ def _git_revision() -> str | None:
         return None
 
 
-def _print_summary(console: Console, config: TrainConfig, dataset: Dataset, trainer: Trainer) -> None:
+def _print_summary(
+    console: Console, asked: TrainConfig, config: TrainConfig, dataset: Dataset, trainer: Trainer
+) -> None:
+    """asked: as the user gave it, with what is left to the machine; config: settled."""
     parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
     size = "x".join(str(length) for length in dataset.train.images.shape[1:])
-    cuda = config.device == "cuda"
+    device = torch.device(config.device)
+    precision, threads = choose_precision(asked.precision, device), choose_threads(asked.threads)
     rows = {
         "data": f"{config.dataset}: {len(dataset.train.labels):,} training images {size}, {config.validation:,} held "
         f"out, {len(dataset.test.labels):,} test images, {len(dataset.classes)} classes",
         "source": dataset.source,
         "net": f"{config.net}, {parameters:,} parameters, shortcut {config.shortcut}",
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "step": f"{config.precision}, channels-last, torch.compile {config.compile}, "
-        f"batches from {trainer.pipeline.name}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "threads": f"{config.threads} ({threads.reason})",
+        "precision": f"{config.precision} ({precision.reason})",
+        "step": f"channels-last, torch.compile {config.compile}, batches from {trainer.pipeline.name}",
         "update": f"{config.update}, momentum {config.momentum}, weight decay {config.weight_decay}",
         "schedule": f"{config.schedule}: {trainer.schedule.steps:,} steps of {config.batch_size} images, "
         f"{config.epochs} epochs, {config.cycles} cycles, lr {config.learning_rate}",
@@ -220,7 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
         with stop_signals_raised():
             config = parse_arguments(arguments)
             folder, dataset = train(config, console)
-            report_run(folder, dataset=dataset, device=torch.device(settle(config).device), console=console)
+            report_run(
+                folder,
+                dataset=dataset,
+                device=choose_device(config.device),
+                precision=config.precision,
+                console=console,
+            )
     except TrainingStopped as stopped:
         console.print(f"stopped by {stopped}. Run the same command again to go on", highlight=False)
         return 128 + stopped.signal_number

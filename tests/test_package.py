@@ -29,6 +29,23 @@ def test_importing_starts_no_cuda_opens_no_window_and_prints_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_the_library_s_names_come_when_they_are_used_and_the_package_alone_brings_nothing() -> None:
+    code = """
+import sys, fastsnap
+assert "torch" not in sys.modules
+assert {"Schedule", "SnapshotSGD", "average_members"} <= set(dir(fastsnap))
+from fastsnap import Schedule, SnapshotSGD, average_members
+assert Schedule("snapshot", 10, 2, 0.1).rate(0) == 0.1
+assert not {"torchvision", "matplotlib", "sklearn", "rich", "nvidia.dali"} & set(sys.modules)
+try:
+    fastsnap.Snapshot
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "module 'fastsnap' has no attribute 'Snapshot'\n"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")

@@ -17,7 +17,7 @@ ROOMS = (
     ("training",),
     ("data",),
     ("nets",),
-    ("run_folder", "device"),
+    ("run_folder", "device", "limits"),
     ("kernels",),
 )
 HEIGHT = {room: -index for index, rooms in enumerate(ROOMS) for room in rooms}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from fastsnap.device import AUTOCAST_DTYPES, choose_precision
 from fastsnap.nets.resnet import build_network
-from fastsnap.training.step import AUTOCAST_DTYPES, choose_precision
 
 
 def plain_loop(pace: Pace, task: Task) -> None:
@@ -100,7 +100,7 @@ def _train_carefully(
     set_rate: Callable[[int], None],
 ) -> None:
     """set_rate  called after each update with the number of updates done"""
-    precision = choose_precision("auto", torch.device(task.device))
+    precision = choose_precision("auto", torch.device(task.device)).name
     dtype = AUTOCAST_DTYPES.get(precision)
     forward: Callable[[Tensor], Tensor] = torch.compile(network) if task.device == "cuda" else network
     step = 0

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
+from fastsnap.device import AUTOCAST_DTYPES, Precision, choose_device, choose_precision
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder, SnapshotEntry
-from fastsnap.training.step import AUTOCAST_DTYPES, choose_device
 
 SPLITS = ("test", "validation")
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
@@ -25,6 +25,8 @@ OnMember = Callable[[SnapshotEntry], None]
 class Report:
     """What a run's snapshots are worth on one split, alone and together.
 
+    precision  of the forward passes: its name, why it was taken (precision_reason) and what the run was trained in
+               (trained_precision)
     planned    snapshots that the finished run has; more than `saved` while it goes on
     saved      snapshots in the run folder; more than `snapshots` holds if some were chosen
     snapshots  those evaluated, in the order of the run
@@ -38,6 +40,8 @@ class Report:
     split: str
     images: int
     precision: str
+    precision_reason: str
+    trained_precision: str
     device: str
     planned: int
     saved: int
@@ -47,7 +51,17 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The content of ensemble.json; errors in percent."""
-        scalars = ("run", "net", "dataset", "split", "images", "precision", "device", "planned")
+        scalars = (
+            "run",
+            "net",
+            "dataset",
+            "split",
+            "images",
+            "precision",
+            "trained_precision",
+            "device",
+            "planned",
+        )
         members = zip(self.snapshots, self.metrics.alone, strict=True)
         return {name: getattr(self, name) for name in scalars} | {
             "members": [_member_json(entry, metrics) for entry, metrics in members],
@@ -76,6 +90,7 @@ def evaluate_run(
     split: str = "test",
     batch_size: int = BATCH_SIZE,
     device: torch.device | None = None,
+    precision: str = "auto",
     on_member: OnMember | None = None,
 ) -> Report:
     """Evaluate the snapshots of the run in `folder`.
@@ -86,6 +101,7 @@ def evaluate_run(
     split       "test", or "validation" where the run held images out
     batch_size  images per forward pass
     device      default: CUDA if there is one, else the CPU
+    precision   of the forward passes, "auto", "bf16", "fp16" or "fp32", whatever the run was trained in
     on_member   called before each member's forward passes
 
     Raises RunError (a ValueError) for a run without snapshots or that split, and for snapshots that do not
@@ -96,7 +112,7 @@ def evaluate_run(
     dataset = dataset or _load_data(config, data)
     image_set = _choose_split(dataset, split, folder)
     device = device or choose_device("auto")
-    precision = _evaluation_precision(config["precision"], device)
+    computed = _evaluation_precision(precision, device)
     network = _build_network(config, dataset).to(memory_format=torch.channels_last).to(device)
     pipeline = make_pipeline(
         image_set,
@@ -110,7 +126,7 @@ def evaluate_run(
     labels_N = torch.from_numpy(image_set.labels).to(device)
     logits_MNC = torch.empty(len(entries), len(labels_N), len(dataset.classes), device=device)
     fill_member_logits(
-        logits_MNC, network, folder, entries, pipeline, precision=precision, on_member=on_member
+        logits_MNC, network, folder, entries, pipeline, precision=computed.name, on_member=on_member
     )
     metrics = measure_members(logits_MNC, labels_N)
     return Report(
@@ -119,7 +135,9 @@ def evaluate_run(
         dataset=config["dataset"],
         split=split,
         images=len(labels_N),
-        precision=precision,
+        precision=computed.name,
+        precision_reason=computed.reason,
+        trained_precision=config["precision"],
         device=device.type,
         planned=config["cycles"],
         saved=len(folder.snapshots()),
@@ -171,9 +189,11 @@ def _choose_split(dataset: Dataset, split: str, folder: RunFolder) -> ImageSet:
     return image_set
 
 
-def _evaluation_precision(trained: str, device: torch.device) -> str:
-    """The precision of training; but a CPU, which hardly computes in fp16, takes fp32 for it."""
-    return "fp32" if trained == "fp16" and device.type == "cpu" else trained
+def _evaluation_precision(asked: str, device: torch.device) -> Precision:
+    """What is asked for; but a CPU, which hardly computes in fp16, takes fp32 for it."""
+    if asked == "fp16" and device.type == "cpu":
+        return Precision("fp32", "a CPU hardly computes in fp16")
+    return choose_precision(asked, device)
 
 
 def _build_network(config: dict[str, Any], dataset: Dataset) -> nn.Module:

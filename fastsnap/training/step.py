@@ -6,26 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from fastsnap.device import AUTOCAST_DTYPES
+
+COMPILE = ("auto", "on", "off")
 EAGER_STEPS = 3  # before a CUDA graph is captured: cuDNN, the compiler and the allocator settle in them
 
 
-def choose_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda". Raises ValueError for "cuda" where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """The precision for "auto", "bf16", "fp16" or "fp32"; "auto" is bf16 where the device computes in it, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+def choose_compile(name: str, device: torch.device) -> str:
+    """Whether "auto", "on" or "off" compiles the step, "on" or "off": "auto" does on CUDA."""
+    return ("on" if device.type == "cuda" else "off") if name == "auto" else name
 
 
 class TrainStep:

@@ -12,7 +12,9 @@ from small_run import small_dataset, small_run
 
 from fastsnap.ensemble.evaluate import Report, evaluate_run
 from fastsnap.ensemble.metrics import Difference
-from fastsnap.ensemble_eval import main, print_report, report_run, summary
+from fastsnap.ensemble.report import report_run
+from fastsnap.ensemble.tables import print_report, summary
+from fastsnap.ensemble_eval import main
 
 CPU = torch.device("cpu")
 WRITTEN = {"ensemble.json", "error-against-m.png", "training.png"}
@@ -21,7 +23,7 @@ WRITTEN = {"ensemble.json", "error-against-m.png", "training.png"}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Report:
     folder = small_run(tmp_path_factory.mktemp("runs") / "digits-run", snapshots=3)
-    return evaluate_run(folder, dataset=small_dataset(), device=CPU)
+    return evaluate_run(folder, dataset=small_dataset(), device=CPU, precision="fp32")
 
 
 def printed(report: Report, width: int = 80) -> str:
@@ -32,7 +34,7 @@ def printed(report: Report, width: int = 80) -> str:
 
 def test_prints_the_tables_and_writes_the_files(tmp_path, capsys):
     folder = small_run(tmp_path / "digits-run", snapshots=3)
-    assert main([str(folder.path), "--device", "cpu"]) == 0
+    assert main([str(folder.path), "--device", "cpu", "--precision", "fp32"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "digits-run: resnet8 on digits test, 360 images (cpu, fp32" in out
@@ -42,6 +44,17 @@ def test_prints_the_tables_and_writes_the_files(tmp_path, capsys):
     for row in content["members"] + content["last_m"]:
         cells = [f"{row['error']:.2f}", f"{row['top5_error']:.2f}", f"{row['nll']:.4f}", f"{row['ece']:.4f}"]
         assert "  ".join(cells).split() in [line.split()[-5:-1] for line in out.splitlines()]
+
+
+def test_another_precision_than_that_of_training_is_said(tmp_path, capsys):
+    folder = small_run(tmp_path / "run", snapshots=1, precision="bf16")
+    arguments = [str(folder.path), "--device", "cpu", "--precision"]
+    assert main([*arguments, "fp32", "--threads", "1"]) == 0
+    assert "Evaluated in fp32 (as asked for), trained in bf16." in capsys.readouterr().out
+    assert main([*arguments, "bf16", "--threads", "2"]) == 0
+    assert "trained in" not in capsys.readouterr().out
+    assert main([*arguments, "bf16", "--threads", "0"]) == 2
+    assert "threads must be from 1" in capsys.readouterr().err
 
 
 def test_without_a_run_it_takes_the_newest_and_says_so_if_there_is_none(tmp_path, capsys, monkeypatch):

@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastsnap import ensemble_eval, train
+from fastsnap import train
 from fastsnap.config import make_config
 from fastsnap.data.datasets import load_dataset
+from fastsnap.ensemble.report import report_run
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
@@ -85,7 +86,7 @@ def test_a_run_learns_and_is_evaluated(loader: str, tmp_path: Path, console: Con
     config = make_config("digits", out=str(tmp_path / "run"), **given)
     folder, dataset = train.train(config, console)
     assert [entry.number for entry in folder.snapshots()] == [1, 2, 3]
-    report = ensemble_eval.report_run(folder, dataset=dataset, device=torch.device("cuda"), console=console)
+    report = report_run(folder, dataset=dataset, device=torch.device("cuda"), console=console)
     assert report.metrics.last_m[-1].error < 30
     records = folder.metrics()
     assert records[-1]["train_error"] < records[0]["train_error"] / 2

@@ -8,6 +8,7 @@ import torch
 from small_run import NET, small_dataset, small_run
 
 from fastsnap.data.pipeline import make_pipeline
+from fastsnap.device import choose_precision
 from fastsnap.ensemble.evaluate import evaluate_run, fill_member_logits
 from fastsnap.ensemble.metrics import measure_members
 from fastsnap.nets.resnet import build_network
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def evaluate(folder: RunFolder, **options):
-    return evaluate_run(folder, dataset=small_dataset(), device=CPU, **options)
+    return evaluate_run(folder, dataset=small_dataset(), device=CPU, **{"precision": "fp32"} | options)
 
 
 def plain_logits(folder: RunFolder, image_set) -> torch.Tensor:
@@ -106,10 +107,9 @@ def test_the_json_has_what_readers_rely_on(tmp_path):
     assert content["first_m"][0]["error"] == content["members"][0]["error"]
 
 
-def test_precision_is_that_of_training_but_a_cpu_does_not_compute_in_fp16(tmp_path):
-    exact = evaluate(small_run(tmp_path / "fp32", snapshots=2))
-    rounded = evaluate(small_run(tmp_path / "bf16", snapshots=2, precision="bf16"))
-    half = evaluate(small_run(tmp_path / "fp16", snapshots=2, precision="fp16"))
+def test_precision_is_what_is_asked_for_but_a_cpu_does_not_compute_in_fp16(tmp_path):
+    folder = small_run(tmp_path / "run", snapshots=2, precision="bf16")
+    exact, rounded, half = (evaluate(folder, precision=precision) for precision in ("fp32", "bf16", "fp16"))
     assert (exact.precision, rounded.precision, half.precision) == ("fp32", "bf16", "fp32")
     assert half.metrics.alone == exact.metrics.alone
     assert rounded.metrics.alone != exact.metrics.alone
@@ -117,6 +117,14 @@ def test_precision_is_that_of_training_but_a_cpu_does_not_compute_in_fp16(tmp_pa
     assert [member.nll for member in rounded.metrics.alone] == pytest.approx(
         [member.nll for member in exact.metrics.alone], rel=0.002
     )
+
+
+def test_auto_takes_what_is_better_here_whatever_the_run_was_trained_in(tmp_path):
+    better = choose_precision("auto", CPU)
+    for trained in ("fp32", "bf16", "fp16"):
+        report = evaluate(small_run(tmp_path / trained, snapshots=1, precision=trained), precision="auto")
+        assert (report.precision, report.precision_reason) == (better.name, better.reason)
+        assert report.trained_precision == report.as_json()["trained_precision"] == trained
 
 
 def test_an_unfinished_run_says_how_much_of_it_there_is(tmp_path):

@@ -115,7 +115,7 @@ def test_an_update_past_the_schedule_is_an_error_and_changes_nothing(kind):
         lambda: reference_update(state, rule, layout, [torch.ones(64), None], [0.0, 0.0]),
         lambda: update.seek(3, 0),
     ):
-        with pytest.raises(ValueError, match="got [23]: the schedule has 2 updates"):
+        with pytest.raises(ValueError, match=r"got [23]: the schedule has 2 updates"):
             past()
     assert all(map(torch.equal, before, (state.weights, state.momentum, state.average, state.clock)))
 
