@@ -86,14 +86,24 @@ def settle(config: TrainConfig) -> TrainConfig:
     )
 
 
+def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
+    """`config` with the precision of the run that is there, where it is left to the machine: another one, on another
+    processor, would be another run.
+    """
+    begun = saved.get("precision")
+    return dataclasses.replace(config, precision=begun) if config.precision == "auto" and begun else config
+
+
 def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
     """Train, or go on training, what `config` describes; returns the run folder and the data set.
 
     Raises ValueError for anything that cannot be done as asked, TrainingStopped after SIGTERM or Ctrl-C.
     """
-    asked, config = config, settle(config)
+    asked, folder = config, RunFolder(config.out)
+    if folder.exists():
+        config = as_begun(config, folder.config())
+    config = settle(config)
     torch.set_num_threads(config.threads or 1)
-    folder = RunFolder(config.out)
     if folder.exists():
         _require_same(config, folder)
     dataset = load_dataset(
@@ -188,6 +198,7 @@ def _print_summary(
     size = "x".join(str(length) for length in dataset.train.images.shape[1:])
     device = torch.device(config.device)
     precision, threads = choose_precision(asked.precision, device), choose_threads(asked.threads)
+    reason = precision.reason if precision.name == config.precision else "as this run began"
     rows = {
         "data": f"{config.dataset}: {len(dataset.train.labels):,} training images {size}, {config.validation:,} held "
         f"out, {len(dataset.test.labels):,} test images, {len(dataset.classes)} classes",
@@ -195,7 +206,7 @@ def _print_summary(
         "net": f"{config.net}, {parameters:,} parameters, shortcut {config.shortcut}",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "threads": f"{config.threads} ({threads.reason})",
-        "precision": f"{config.precision} ({precision.reason})",
+        "precision": f"{config.precision} ({reason})",
         "step": f"channels-last, torch.compile {config.compile}, batches from {trainer.pipeline.name}",
         "update": f"{config.update}, momentum {config.momentum}, weight decay {config.weight_decay}",
         "schedule": f"{config.schedule}: {trainer.schedule.steps:,} steps of {config.batch_size} images, "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,21 @@ def test_a_finished_run_says_so_and_evaluates(finished: Path, capsys: pytest.Cap
     assert "this run is finished" in capsys.readouterr().out
     assert (finished / "ensemble.json").exists()
     assert snapshot_bytes(finished) == before
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_with(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    config = RunFolder(run).config()
+    other = "fp32" if config["precision"] == "bf16" else "bf16"  # as on another processor
+    RunFolder(run).write_json("config.json", config | {"precision": other, "out": str(run)})
+    assert train.main([*SMALL, "--out", str(run)]) == 0
+    output = capsys.readouterr().out
+    assert f"{other} (as this run began)" in output
+    assert "this run is finished" in output
+    assert train.main([*SMALL, "--out", str(run), "--precision", config["precision"]]) == 2
+    assert f"precision: {config['precision']} asked for, {other} there" in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused_by_field(
