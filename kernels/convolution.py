@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 MOST_CHANNELS = 64  # in bf16, from 128 on PyTorch's kernel is at least as fast; in fp32 more were not tried
 CHANNELS_MULTIPLE = 16  # what the CPU kernels handle at a time
+FEWEST_PIXELS = 512  # of all images, in fp32: below, transforming the weights takes what the method saves
 
 
 def reference_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
@@ -44,13 +45,14 @@ def is_winograd_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
 
     convolution  3x3, padding 1 with zeros, stride 1, one group, no bias; 16, 32, 48 or 64 channels in and out;
                  weights fp32, channels-last
-    input        fp32, channels-last
+    input        fp32, channels-last, at least 512 pixels in all images together
     """
     if not (
         input.device.type == convolution.weight.device.type == "cpu"
         and input.dtype == convolution.weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and convolution.stride == (1, 1)
+        and input.numel() >= FEWEST_PIXELS * input.shape[1]
         and _has_layout(convolution, input)
     ):
         return False
