@@ -162,16 +162,17 @@ CLONES void transform_tiles(const Plan& plan, Chunk chunk, float* places) {
     }
 }
 
-// 16 channels of the output = A' places A; places[place][tile][channel]
-CLONES void write_tiles(const Plan& plan, Chunk chunk, int64_t channel, const float* places) {
+// 16 channels of the output = A' places A; places[place][tile][channel], `stride` from place to place
+CLONES void write_tiles(const Plan& plan, Chunk chunk, int64_t channel, const float* places, int64_t stride) {
     const Winograd& w = plan.winograd;
+    const int64_t below = TILE * w.width * w.out_channels;  // to the next row of tiles, which the caches get in advance
     Tile tile = tile_of(plan, chunk.first);
     for (int64_t index = 0; index < chunk.count; ++index, advance(w, tile)) {
         Floats half[TILE][WINDOW];
         for (int64_t column = 0; column < WINDOW; ++column) {
             Floats in[WINDOW];
             for (int64_t row = 0; row < WINDOW; ++row)
-                in[row] = read(places + (row * WINDOW + column) * (BLOCK + GAP) + index * LANES);
+                in[row] = read(places + (row * WINDOW + column) * stride + index * LANES);
             half[0][column] = in[0] + in[1] + in[2];
             half[1][column] = in[1] - in[2] - in[3];
         }
@@ -180,7 +181,10 @@ CLONES void write_tiles(const Plan& plan, Chunk chunk, int64_t channel, const fl
             float* to = w.output + channel;
             to += ((tile.image * w.height + tile.y + row) * w.width + tile.x) * w.out_channels;
             write(to, in[0] + in[1] + in[2]);
-            if (tile.x + 1 < w.width) write(to + w.out_channels, in[1] - in[2] - in[3]);
+            __builtin_prefetch(to + below, 1);
+            if (tile.x + 1 == w.width) continue;
+            write(to + w.out_channels, in[1] - in[2] - in[3]);
+            __builtin_prefetch(to + below + w.out_channels, 1);
         }
     }
 }

@@ -108,10 +108,13 @@ void convolve_chunk(const Plan& plan, Chunk chunk, const float* weights, float* 
     Product* const multiply = product_over_channels(w);
     transform_windows(plan, chunk, windows);
     for (int64_t out = 0; out < w.out_channels; out += LANES) {
+        // The last products take the place of the windows, which then are not needed again: less to keep in the cache.
+        const bool last = out + LANES == w.out_channels;
+        float* const to = last ? windows : products;
+        const int64_t stride = last ? plan.in_stride : BLOCK + GAP;
         for (int64_t place = 0; place < PLACES; ++place, weights += w.in_channels * LANES)
-            multiply(windows + place * plan.in_stride, weights, w.in_channels / LANES, LANES,
-                     products + place * (BLOCK + GAP));
-        write_tiles(plan, chunk, out, products);
+            multiply(windows + place * plan.in_stride, weights, w.in_channels / LANES, LANES, to + place * stride);
+        write_tiles(plan, chunk, out, to, stride);
     }
 }
 
