@@ -1,7 +1,7 @@
 """3x3 convolutions of few channels that are faster than PyTorch's on a CPU: in fp32 all of it, in bf16 a gradient.
 
 In fp32, with AVX-512 or AVX2, by Winograd's method, which takes 16 products where 36 are usual (winograd_cpu.cpp).
-Output and gradients are as near to the exact ones as PyTorch's, but a value that is not finite becomes NaN and spreads
+Output and gradients are about as near to the exact ones as PyTorch's, but what is not finite becomes NaN and spreads
 to the neighbours that are computed together with it.
 
 In bf16, with AVX512-BF16, the gradient of the weights (convolution_cpu.cpp), a sum of products over all pixels; the
