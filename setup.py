@@ -30,8 +30,9 @@ setup(
                 "kernels/averaging_cpu.cpp",
                 "kernels/batch_norm_cpu.cpp",
                 "kernels/convolution_cpu.cpp",
+                "kernels/winograd_cpu.cpp",
             ],
-            depends=["kernels/cpu.h", "kernels/lanes.h"],
+            depends=["kernels/cpu.h", "kernels/lanes.h", "kernels/winograd.h"],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math"],
             extra_link_args=["-fopenmp"],
         )

@@ -1,18 +1,24 @@
-"""3x3 convolutions with a gradient of the weights that is faster than PyTorch's: on a CPU with AVX512-BF16, for bf16.
+"""3x3 convolutions of few channels that are faster than PyTorch's on a CPU: in fp32 all of it, in bf16 a gradient.
 
-Forward and the gradient of the input stay PyTorch's, which come near what the processor can do. The gradient of the
-weights is a sum of products over all pixels; the kernel gives it in fp32, where autocast's is rounded to bf16.
+In fp32, with AVX-512 or AVX2, by Winograd's method, which takes 16 products where 36 are usual (winograd_cpu.cpp).
+Output and gradients are about as near to the exact ones as PyTorch's, but what is not finite becomes NaN and spreads
+to the neighbours that are computed together with it.
+
+In bf16, with AVX512-BF16, the gradient of the weights (convolution_cpu.cpp), a sum of products over all pixels; the
+kernel gives it in fp32, where autocast's is rounded to bf16. Forward and the gradient of the input stay PyTorch's,
+which come near what the processor can do.
 """
 
 import torch
 from torch import Tensor, nn
 
-MOST_CHANNELS = 64  # from 128 on PyTorch's kernel is at least as fast
-CHANNELS_MULTIPLE = 16  # what the CPU kernel handles at a time
+MOST_CHANNELS = 64  # in bf16, from 128 on PyTorch's kernel is at least as fast; in fp32 more were not tried
+CHANNELS_MULTIPLE = 16  # what the CPU kernels handle at a time
+FEWEST_PIXELS = 512  # of all images, in fp32: below, transforming the weights takes what the method saves
 
 
 def reference_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
-    """convolution(input) in plain PyTorch: what the kernel is tested against.
+    """convolution(input) in plain PyTorch: what the kernels are tested against.
 
     input  [N, C, H, W]
     """
@@ -20,19 +26,44 @@ def reference_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
 
 
 def fast_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
-    """The same; the gradient of the weights comes from the CPU kernel where it can be used: see `is_supported`. Then
-    backward once, and hooks on `convolution` are not called.
+    """The same, in a CPU kernel where one can be used: see `is_winograd_supported` and `is_supported`. Then backward
+    once, and hooks on `convolution` are not called.
     """
-    if not is_supported(convolution, input):
-        return reference_convolution(convolution, input)
-    from .convolution_cpu import Convolution
+    if is_winograd_supported(convolution, input):
+        from .winograd_cpu import WinogradConvolution
 
-    return Convolution.apply(input, convolution.weight, convolution.stride[0])
+        return WinogradConvolution.apply(input, convolution.weight)
+    if is_supported(convolution, input):
+        from .convolution_cpu import Convolution
+
+        return Convolution.apply(input, convolution.weight, convolution.stride[0])
+    return reference_convolution(convolution, input)
+
+
+def is_winograd_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
+    """Whether the fp32 kernels take it: without autocast, on a CPU with AVX-512 or AVX2.
+
+    convolution  3x3, padding 1 with zeros, stride 1, one group, no bias; 16, 32, 48 or 64 channels in and out;
+                 weights fp32, channels-last
+    input        fp32, channels-last, at least 512 pixels in all images together
+    """
+    if not (
+        input.device.type == convolution.weight.device.type == "cpu"
+        and input.dtype == convolution.weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and convolution.stride == (1, 1)
+        and input.numel() >= FEWEST_PIXELS * input.shape[1]
+        and _has_layout(convolution, input)
+    ):
+        return False
+    from .winograd_cpu import instructions
+
+    return instructions() > 0
 
 
 def is_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
-    """Whether the kernel takes it: with a gradient of the weights, under autocast to bf16, on a CPU that can multiply
-    bf16 (AVX512-BF16).
+    """Whether the bf16 kernel takes it: with a gradient of the weights, under autocast to bf16, on a CPU that can
+    multiply bf16 (AVX512-BF16).
 
     convolution  3x3, padding 1 with zeros, stride 1 or 2, one group, no bias; 16, 32, 48 or 64 channels in and out;
                  weights fp32, channels-last
@@ -47,16 +78,22 @@ def is_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
         and weight.dtype == torch.float32
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and convolution.stride in ((1, 1), (2, 2))
+        and _has_layout(convolution, input)
     ):
         return False
     from .convolution_cpu import has_instructions
 
+    return has_instructions()
+
+
+def _has_layout(convolution: nn.Conv2d, input: Tensor) -> bool:
+    """What all kernels ask for."""
+    weight = convolution.weight
     return (
-        has_instructions()
-        and convolution.kernel_size == (3, 3)
+        convolution.kernel_size == (3, 3)
         and convolution.padding == convolution.dilation == (1, 1)
         and convolution.padding_mode == "zeros"
-        and convolution.stride in ((1, 1), (2, 2))
         and convolution.groups == 1
         and convolution.bias is None
         and max(weight.shape[:2]) <= MOST_CHANNELS

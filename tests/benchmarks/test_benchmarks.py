@@ -37,6 +37,7 @@ from task import Task, synthetic_images  # noqa: E402
 from fastsnap.data.datasets import ImageSet  # noqa: E402
 from fastsnap.ensemble.evaluate import evaluate_run  # noqa: E402
 from fastsnap.kernels.convolution_cpu import has_instructions  # noqa: E402
+from fastsnap.kernels.winograd_cpu import instructions  # noqa: E402
 from fastsnap.run_folder import RunFolder  # noqa: E402
 
 SMALL = Task("resnet8", "cpu", batch_size=4)
@@ -367,7 +368,7 @@ def test_the_readme_gets_its_results_between_the_markers(measured: Path) -> None
 
 def test_layers_are_measured_against_pytorch_s() -> None:
     measured = [result for result in layers.run(Settings(device="cpu", quick=True)) if not result.missing]
-    kernels = 1 + has_instructions()
+    kernels = 1 + has_instructions() + (len(layers.FP32_PARTS) if instructions() else 0)
     assert len(measured) == kernels * 2 * len(layers.STAGES)
     assert {result.opponent for result in measured} == {PROJECT, "PyTorch"}
     assert all(len(result.values) == layers.QUICK_ROUNDS for result in measured)
@@ -377,11 +378,14 @@ def test_layers_say_where_their_kernels_are_not_for(monkeypatch: pytest.MonkeyPa
     (result,) = layers.run(Settings(device="cuda", quick=True))
     assert result.missing == "for CPUs: a GPU takes torch.compile's kernels"
     monkeypatch.setattr(layers, "has_instructions", lambda: False)
+    monkeypatch.setattr(layers, "instructions", lambda: 0)
     settings = Settings(device="cpu", quick=True, out=tmp_path)
     for result in layers.run(settings):
         results.append(result, settings)
     report.write(tmp_path, readme=False)
-    assert "needs a CPU with AVX512-BF16" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "needs a CPU with AVX512-BF16" in text
+    assert "needs a CPU with AVX2" in text
 
 
 # -- the command line
