@@ -17,11 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare, not_installed
-from opponents import evaluators
-from paced import Pace, PacedProcess
-from project import configure
-from task import CLASSES, Task, describe_data, load_images, shortened
 from torch import Tensor, nn
 
 from fastsnap.data.datasets import Dataset
@@ -31,6 +26,11 @@ from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import describe
 from fastsnap.training.allocator import keep_freed_memory
+from harness.measure import PROJECT, Result, Settings, alternate, compare, not_installed
+from harness.paced import Pace, PacedProcess
+from harness.project import configure
+from harness.task import CLASSES, Task, describe_data, load_images, shortened
+from opponents import evaluators
 
 NAME = "evaluation"
 NET = "resnet20"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare, spread
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +24,7 @@ from fastsnap.nets.resnet import build_network
 from fastsnap.training.apex import ApexSGD
 from fastsnap.training.flat import FlatParameters
 from fastsnap.training.optim import SnapshotSGD
+from harness.measure import PROJECT, Result, Settings, alternate, compare, spread
 
 NAME = "kernels"
 NETS, QUICK_NETS = ("resnet20", "resnet110"), ("resnet20",)

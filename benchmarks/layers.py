@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare
-from task import Task
 from torch import Tensor, nn
 
 from fastsnap.kernels.convolution_cpu import has_instructions
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, Operations
+from harness.measure import PROJECT, Result, Settings, alternate, compare
+from harness.task import Task
 
 NAME = "layers"
 STAGES = ((16, 32), (32, 16), (64, 8))  # channels, pixels

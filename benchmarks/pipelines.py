@@ -12,15 +12,15 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare, not_installed
-from opponents.loaders import make_loader
-from paced import Pace, PacedProcess
-from project import batches_loop, configure
-from task import Task, describe_data, load_images
 
 from fastsnap.data.pipeline import choose_loader
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
+from harness.measure import PROJECT, Result, Settings, alternate, compare, not_installed
+from harness.paced import Pace, PacedProcess
+from harness.project import batches_loop, configure
+from harness.task import Task, describe_data, load_images
+from opponents.loaders import make_loader
 
 NAME = "pipelines"
 UNIT = "images/s"

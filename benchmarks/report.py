@@ -11,13 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import figures
-import tables
-from pages import Section, table_to_markdown, to_html, to_markdown
-from results import Record, latest
-from targets import verdicts
-
 from fastsnap.run_folder import write_atomically
+from harness import figures, tables
+from harness.pages import Section, table_to_markdown, to_html, to_markdown
+from harness.results import Record, latest
+from targets import verdicts
 
 TITLE = "fastsnap: benchmark report"
 README = Path(__file__).parent.parent / "README.md"

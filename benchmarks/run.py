@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from measure import Settings
+    from harness.measure import Settings
 
 # Imported when they run: this file is imported again by every process that a benchmark starts.
 BENCHMARKS = {
@@ -79,9 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     import report
-    import results
-
     from fastsnap.training.stopping import TrainingStopped
+    from harness import results
 
     names = _chosen(options.only)
     settings = _settings(options)
@@ -107,10 +106,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> "Settings":
     """What the benchmarks are told. Raises ValueError for what would only fail after minutes."""
-    from measure import Settings
-    from task import load_images
-
     from fastsnap.device import choose_device
+    from harness.measure import Settings
+    from harness.task import load_images
 
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}")

@@ -12,19 +12,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from evaluation import random_networks, random_run
-from measure import PROJECT, Better, Result, Settings, alternate, spread
-from paced import PacedProcess
-from project import batches_loop, configure, train_loop, warm_up
-from schedules import seconds_of_a_run
 from scipy import stats
-from task import CLASSES, Task, load_images, shortened
 
+from evaluation import random_networks, random_run
 from fastsnap.data.datasets import Dataset
 from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
+from harness.measure import PROJECT, Better, Result, Settings, alternate, spread
+from harness.paced import PacedProcess
+from harness.project import batches_loop, configure, train_loop, warm_up
+from harness.task import CLASSES, Task, load_images, shortened
+from schedules import seconds_of_a_run
 
 NAME = "scaling"
 NET = "resnet20"

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare, spread
-from opponents.loops import careful_loop, plain_loop
-from paced import PacedProcess
-from project import configure, run_silently, train_loop, warm_up
-from task import Task, describe_data, load_images, shortened
 
 from fastsnap.data.datasets import Dataset
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
+from harness.measure import PROJECT, Result, Settings, alternate, compare, spread
+from harness.paced import PacedProcess
+from harness.project import configure, run_silently, train_loop, warm_up
+from harness.task import Task, describe_data, load_images, shortened
+from opponents.loops import careful_loop, plain_loop
 
 NAME = "schedules"
 NET = "resnet20"

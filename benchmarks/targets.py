@@ -8,8 +8,8 @@ import evaluation
 import pipelines
 import schedules
 import throughput
-from measure import PROJECT
-from results import Record
+from harness.measure import PROJECT
+from harness.results import Record
 
 
 @dataclass(frozen=True)

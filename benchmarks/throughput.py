@@ -9,12 +9,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-from measure import PROJECT, Result, Settings, alternate, compare, not_installed
+from harness.measure import PROJECT, Result, Settings, alternate, compare, not_installed
+from harness.paced import PacedProcess
+from harness.project import train_loop
+from harness.task import Task, describe_data
 from opponents.ensemble_pytorch import fit_loop
 from opponents.loops import careful_loop, plain_loop, timm_loop
-from paced import PacedProcess
-from project import train_loop
-from task import Task, describe_data
 
 NAME = "throughput"
 UNIT = "images/s"

@@ -6,10 +6,11 @@ The networks are in memory and the images normalised, which is not counted; the 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from opponents.ensemble_pytorch import make_ensemble
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import DataLoader, TensorDataset
+
+from opponents.ensemble_pytorch import make_ensemble
 
 BATCH_SIZE = 250
 Forward = Callable[[nn.Module, Tensor], Tensor]

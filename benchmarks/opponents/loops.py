@@ -3,15 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from opponents.loaders import make_loader
-from paced import Pace
-from task import CLASSES, Task
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from fastsnap.device import AUTOCAST_DTYPES, choose_precision
 from fastsnap.nets.resnet import build_network
+from harness.paced import Pace
+from harness.task import CLASSES, Task
+from opponents.loaders import make_loader
 
 
 def plain_loop(pace: Pace, task: Task) -> None:

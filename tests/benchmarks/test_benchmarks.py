@@ -16,28 +16,28 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its files are scripts, not a package
 
+from counting_loop import counting_loop  # noqa: E402
+
 import accuracy  # noqa: E402
 import layers  # noqa: E402
 import report  # noqa: E402
-import results  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
 import targets  # noqa: E402
 import throughput  # noqa: E402
-from counting_loop import counting_loop  # noqa: E402
-from measure import PROJECT, Result, Settings, alternate, compare  # noqa: E402
-from opponents.ensemble_pytorch import fit_loop  # noqa: E402
-from opponents.loaders import TransformedImages  # noqa: E402
-from opponents.loops import careful_loop, plain_loop, timm_loop  # noqa: E402
-from paced import Chunk, ContenderFailed, PacedProcess, run_loop  # noqa: E402
-from pipelines import dataloader_loop, step_loop  # noqa: E402
-from project import batches_loop, train_loop  # noqa: E402
-from task import Task, synthetic_images  # noqa: E402
-
 from fastsnap.data.datasets import ImageSet  # noqa: E402
 from fastsnap.ensemble.evaluate import evaluate_run  # noqa: E402
 from fastsnap.kernels.convolution_cpu import has_instructions  # noqa: E402
 from fastsnap.run_folder import RunFolder  # noqa: E402
+from harness import results  # noqa: E402
+from harness.measure import PROJECT, Result, Settings, alternate, compare  # noqa: E402
+from harness.paced import Chunk, ContenderFailed, PacedProcess, run_loop  # noqa: E402
+from harness.project import batches_loop, train_loop  # noqa: E402
+from harness.task import Task, synthetic_images  # noqa: E402
+from opponents.ensemble_pytorch import fit_loop  # noqa: E402
+from opponents.loaders import TransformedImages  # noqa: E402
+from opponents.loops import careful_loop, plain_loop, timm_loop  # noqa: E402
+from pipelines import dataloader_loop, step_loop  # noqa: E402
 
 SMALL = Task("resnet8", "cpu", batch_size=4)
 

@@ -5,9 +5,7 @@ import tempfile
 from collections.abc import Iterator
 
 import torch
-from paced import Pace
 from rich.console import Console
-from task import DATASET, Task, load_images
 from torch import Tensor
 
 from fastsnap.config import TrainConfig, differences, make_config
@@ -19,6 +17,8 @@ from fastsnap.train import build_trainer, describe, settle
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.trainer import Trainer
+from harness.paced import Pace
+from harness.task import DATASET, Task, load_images
 
 WARM_UP_STEPS = 5  # compilation, first allocations, the CUDA graph
 

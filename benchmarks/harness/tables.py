@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from measure import PROJECT
-from pages import Table
-from results import Record
+from harness.measure import PROJECT
+from harness.pages import Table
+from harness.results import Record
 from targets import Verdict
 
 
