@@ -37,12 +37,13 @@ Better = Literal["higher", "lower"]
 class Settings:
     """What every benchmark is told.
 
-    data    folder that holds CIFAR-100; None: the benchmarks that measure speed use noise of its shape, and say so
-    out     folder of the results and of the accuracy runs
-    device  "cpu" or "cuda"
-    quick   small enough for all benchmarks together in about two minutes
-    full    the paper's setting, where a benchmark has one
-    seeds   how many seeds the accuracy is measured with; None: the benchmark's own number
+    data       folder that holds CIFAR-100; None: the benchmarks that measure speed use noise of its shape, and say so
+    out        folder of the results and of the accuracy runs
+    device     "cpu" or "cuda"
+    quick      small enough for all benchmarks together in about two minutes
+    full       the paper's setting, where a benchmark has one
+    seeds      how many seeds the accuracy is measured with; None: the benchmark's own number
+    precision  in which throughput and evaluation compare; None: see precisions.compared
     """
 
     data: Path | None = None
@@ -51,6 +52,7 @@ class Settings:
     quick: bool = False
     full: bool = False
     seeds: int | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from harness.measure import PROJECT
 from harness.pages import Table
 from harness.results import Record
-from targets import Verdict
+from harness.verdicts import Verdict
 
 
 def figure(value: float) -> str:

@@ -62,14 +62,14 @@ def torchensemble_way(networks: Sequence[nn.Module], images: Tensor, labels: Ten
     return 100 - ensemble.evaluate(loader)
 
 
-def float32_forward(network: nn.Module, batch: Tensor) -> Tensor:
+def plain_forward(network: nn.Module, batch: Tensor) -> Tensor:
     """Plain PyTorch."""
     return network(batch)
 
 
-def bfloat16_forward(network: nn.Module, batch: Tensor) -> Tensor:
-    """Autocast to bf16; logits in float32."""
-    with torch.autocast(batch.device.type, torch.bfloat16):
+def autocast_forward(dtype: torch.dtype, network: nn.Module, batch: Tensor) -> Tensor:
+    """Autocast to `dtype`; logits in float32."""
+    with torch.autocast(batch.device.type, dtype):
         return network(batch).float()
 
 
