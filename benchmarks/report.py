@@ -90,6 +90,8 @@ def _section(name: str, records: list[Record], folder: Path) -> Section:
     picture = folder / f"{name}.png"
     title, *text = _explanation(name)
     measured = [record for record in records if record["n"]]
+    if not measured:  # there is nothing to draw
+        return Section(title, text, [tables.measurements(records)])
     if name == "accuracy":
         figures.errors(measured, picture)
         gains = [tables.gain(rows) for rows in tables.by_case(measured).values()]

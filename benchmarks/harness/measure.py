@@ -40,7 +40,7 @@ class Settings:
     data       folder that holds CIFAR-100; None: the benchmarks that measure speed use noise of its shape, and say so
     out        folder of the results and of the accuracy runs
     device     "cpu" or "cuda"
-    quick      small enough for all benchmarks together in about two minutes
+    quick      small enough for all benchmarks together in a few minutes
     full       the paper's setting, where a benchmark has one
     seeds      how many seeds the accuracy is measured with; None: the benchmark's own number
     precision  in which throughput and evaluation compare; None: see precisions.compared
