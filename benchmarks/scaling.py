@@ -100,10 +100,8 @@ def _rounds(settings: Settings) -> int:
 
 def _alternate(turns: Mapping[int, Callable[[], float]], settings: Settings) -> dict[int, list[float]]:
     """`alternate` after a warm-up round, by size."""
-    named = {str(size): turn for size, turn in turns.items()}
-    alternate(named, rounds=1)
-    values = alternate(named, _rounds(settings))
-    return dict(zip(turns, values.values(), strict=True))
+    alternate(turns, rounds=1)
+    return alternate(turns, _rounds(settings))
 
 
 def _batch_size(dataset: Dataset, settings: Settings) -> Series:

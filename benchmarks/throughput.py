@@ -139,11 +139,9 @@ def keep_fastest(processes: Mapping[Setting, PacedProcess], steps: int, warm_up:
         process.run(warm_up)
     if len(processes) == 1:
         return next(iter(processes))
-    seconds = {
-        setting: min(process.seconds_per_step(steps) for _ in range(ROUNDS_TO_CHOOSE))
-        for setting, process in processes.items()
-    }
-    best = min(seconds, key=lambda setting: seconds[setting])
+    turns = {setting: partial(process.seconds_per_step, steps) for setting, process in processes.items()}
+    seconds = alternate(turns, ROUNDS_TO_CHOOSE)
+    best = min(seconds, key=lambda setting: min(seconds[setting]))
     for setting, process in processes.items():
         if setting != best:
             process.close()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ SETTINGS = (  # that change speed
     *("LD_PRELOAD", "MALLOC_CONF", "CUDA_VISIBLE_DEVICES"),
 )
 Better = Literal["higher", "lower"]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, low, high)
 
 
-def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(contenders: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, list[float]]:
     """Call every contender once a round, in turn; returns the values that each gave, by round."""
-    values: dict[str, list[float]] = {name: [] for name in contenders}
+    values: dict[Name, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
             values[name].append(contender())
