@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare, spread
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +24,7 @@ from fastsnap.nets.resnet import build_network
 from fastsnap.training.apex import ApexSGD
 from fastsnap.training.flat import FlatParameters
 from fastsnap.training.optim import SnapshotSGD
+from harness.measure import PROJECT, Result, Settings, alternate, compare, spread
 
 NAME = "kernels"
 NETS, QUICK_NETS = ("resnet20", "resnet110"), ("resnet20",)
@@ -121,7 +121,7 @@ def _project(network: nn.Module) -> Callable[[], object]:
 
 def _torch_sgd(network: nn.Module, **implementation: bool) -> Callable[[], object]:
     optimizer = torch.optim.SGD(network.parameters(), 1.0, **OPTIONS, **implementation)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULE.rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULE.rate_after)
 
     def step() -> None:
         optimizer.step()
@@ -133,7 +133,7 @@ def _torch_sgd(network: nn.Module, **implementation: bool) -> Callable[[], objec
 def _compiled_sgd(network: nn.Module) -> Callable[[], object]:
     rate = torch.tensor(1.0, device=next(network.parameters()).device)  # a tensor, or every rate recompiles
     optimizer = torch.optim.SGD(network.parameters(), rate, foreach=True, **OPTIONS)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULE.rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULE.rate_after)
     compiled = torch.compile(optimizer.step, fullgraph=False)
 
     def step() -> None:

@@ -1,21 +1,23 @@
 """Layers that have a CPU kernel against PyTorch's: batch normalisation with shortcut and ReLU, convolution.
 
-Of batch normalisation, forward and backward in bf16. Of the convolution, in bf16 the gradient of the weights, since the
-rest is PyTorch's, and in fp32 each direction. The shapes are those of a ResNet's three stages.
+In the precision that the project takes on this processor by default, and in fp32. Of batch normalisation, forward and
+backward. Of the convolution, in fp32 each direction, in bf16 the gradient of the weights, since the rest is PyTorch's.
+The shapes are those of a ResNet's three stages.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare
-from task import Task
 from torch import Tensor, nn
 
-from fastsnap.kernels.convolution_cpu import has_instructions
-from fastsnap.kernels.winograd_cpu import instructions
+from fastsnap.device import AUTOCAST_DTYPES, choose_precision
+from fastsnap.kernels.convolution import is_supported, is_winograd_supported
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, Operations
+from harness.measure import PROJECT, Result, Settings, alternate, compare
+from harness.task import Task
 
 NAME = "layers"
 STAGES = ((16, 32), (32, 16), (64, 8))  # channels, pixels
@@ -29,18 +31,24 @@ def run(settings: Settings) -> Iterator[Result]:
     if settings.device != "cpu":
         yield _not_measured("layers", "for CPUs: a GPU takes torch.compile's kernels")
         return
-    yield from _layer("batch normalisation + shortcut + ReLU, forward and backward", _batch_norm, settings)
-    convolution = "3x3 convolution, gradient of the weights"
-    if has_instructions():
-        yield from _layer(convolution, _convolution, settings)
-    else:
-        yield _not_measured(convolution, "needs a CPU with AVX512-BF16")
-    for part, make in FP32_PARTS.items():
-        convolution = f"3x3 convolution in fp32, {part}"
-        if instructions():
-            yield from _layer(convolution, make, settings)
-        else:
-            yield _not_measured(convolution, "needs a CPU with AVX2")
+    default = choose_precision("auto", torch.device("cpu")).name
+    for precision in dict.fromkeys((default, "fp32")):
+        norm = f"batch normalisation + shortcut + ReLU, forward and backward, {precision}"
+        yield from _layer(norm, partial(_batch_norm, precision), settings)
+        for part, make in PARTS.items():
+            convolution = f"3x3 convolution, {part}, {precision}"
+            if has_kernel(part, precision):
+                yield from _layer(convolution, partial(make, precision), settings)
+            else:
+                yield _not_measured(convolution, "has no kernel for this processor, which takes PyTorch's")
+
+
+def has_kernel(part: str, precision: str) -> bool:
+    """Whether the project has a kernel for `part` (of PARTS) of the first stage's convolution on this processor."""
+    convolution, input = _make_convolution(STAGES[0][0]), _activations(precision, *STAGES[0])
+    with _autocast(precision):
+        of_weights = part == OF_WEIGHTS and is_supported(convolution, input)
+        return of_weights or is_winograd_supported(convolution, input)
 
 
 def _not_measured(case: str, reason: str) -> Result:
@@ -65,15 +73,21 @@ def _milliseconds(call: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - start) / IN_A_ROW
 
 
-def _activations(channels: int, pixels: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def _autocast(precision: str) -> AbstractContextManager[object]:
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return torch.autocast("cpu", dtype, enabled=dtype is not None)
+
+
+def _activations(precision: str, channels: int, pixels: int) -> Tensor:
+    dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
     values = torch.randn(Task.batch_size, channels, pixels, pixels).to(dtype)
     return values.contiguous(memory_format=torch.channels_last)
 
 
-def _batch_norm(operations: Operations, channels: int, pixels: int) -> Callable[[], object]:
+def _batch_norm(precision: str, operations: Operations, channels: int, pixels: int) -> Callable[[], object]:
     norm = nn.BatchNorm2d(channels)
-    input, shortcut = (_activations(channels, pixels).requires_grad_() for _ in range(2))
-    gradient = _activations(channels, pixels)
+    input, shortcut = (_activations(precision, channels, pixels).requires_grad_() for _ in range(2))
+    gradient = _activations(precision, channels, pixels)
     taken = [input, shortcut, norm.weight, norm.bias]
     return lambda: torch.autograd.grad(operations.batch_norm_relu(norm, input, shortcut), taken, gradient)
 
@@ -83,34 +97,34 @@ def _make_convolution(channels: int) -> nn.Conv2d:
     return convolution.to(memory_format=torch.channels_last)
 
 
-def _convolution(operations: Operations, channels: int, pixels: int) -> Callable[[], object]:
-    convolution = _make_convolution(channels)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = operations.convolution(convolution, _activations(channels, pixels))
-    gradient = _activations(channels, pixels)
-    return lambda: torch.autograd.grad(output, convolution.weight, gradient, retain_graph=True)
+def _forward(precision: str, operations: Operations, channels: int, pixels: int) -> Callable[[], object]:
+    convolution, input = _make_convolution(channels), _activations(precision, channels, pixels)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        with _autocast(precision):
+            return operations.convolution(convolution, input)
+
+    return call
 
 
-def _fp32_forward(operations: Operations, channels: int, pixels: int) -> Callable[[], object]:
-    convolution, input = _make_convolution(channels), _activations(channels, pixels, torch.float32)
-    return torch.no_grad()(lambda: operations.convolution(convolution, input))
-
-
-def _fp32_gradient(
-    of_input: bool, operations: Operations, channels: int, pixels: int
+def _gradient(
+    of_weights: bool, precision: str, operations: Operations, channels: int, pixels: int
 ) -> Callable[[], object]:
-    """Of the input or of the weights; the other one needs none, so that it is not computed either."""
-    convolution, input = _make_convolution(channels), _activations(channels, pixels, torch.float32)
-    convolution.weight.requires_grad_(not of_input)
-    input.requires_grad_(of_input)
-    output = operations.convolution(convolution, input)
-    gradient = _activations(channels, pixels, torch.float32)
-    taken = input if of_input else convolution.weight
+    """Of the weights or of the input; the other one needs none, so that it is not computed either."""
+    convolution, input = _make_convolution(channels), _activations(precision, channels, pixels)
+    convolution.weight.requires_grad_(of_weights)
+    input.requires_grad_(not of_weights)
+    with _autocast(precision):
+        output = operations.convolution(convolution, input)
+    gradient = _activations(precision, channels, pixels)
+    taken = convolution.weight if of_weights else input
     return lambda: torch.autograd.grad(output, taken, gradient, retain_graph=True)
 
 
-FP32_PARTS: dict[str, Callable[[Operations, int, int], Callable[[], object]]] = {
-    "forward": _fp32_forward,
-    "gradient of the input": partial(_fp32_gradient, True),
-    "gradient of the weights": partial(_fp32_gradient, False),
+OF_WEIGHTS = "gradient of the weights"
+PARTS: dict[str, Callable[..., Callable[[], object]]] = {
+    "forward": _forward,
+    "gradient of the input": partial(_gradient, False),
+    OF_WEIGHTS: partial(_gradient, True),
 }

@@ -12,15 +12,15 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare, not_installed
-from opponents.loaders import make_loader
-from paced import Pace, PacedProcess
-from project import batches_loop, configure
-from task import Task, describe_data, load_images
 
 from fastsnap.data.pipeline import choose_loader
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
+from harness.measure import PROJECT, Result, Settings, alternate, compare, not_installed
+from harness.paced import Pace, PacedProcess
+from harness.project import batches_loop, configure, threads_of
+from harness.task import Task, describe_data, load_images
+from opponents.loaders import make_loader
 
 NAME = "pipelines"
 UNIT = "images/s"
@@ -92,7 +92,9 @@ def dataloader_loop(pace: Pace, task: Task) -> None:
 
 def step_loop(pace: Pace, task: Task) -> None:
     """Training steps of the project on one batch, which is there already."""
-    trainer = build_trainer(configure(task), load_images(task.data), RunFolder("unused"))
-    images, labels = next(iter(trainer.pipeline.epoch(0)))
-    for _ in pace.batches(repeat(None)):
-        trainer.train_step(images, labels)
+    config = configure(task)
+    with threads_of(config):
+        trainer = build_trainer(config, load_images(task.data), RunFolder("unused"))
+        images, labels = next(iter(trainer.pipeline.epoch(0)))
+        for _ in pace.batches(repeat(None)):
+            trainer.train_step(images, labels)

@@ -11,16 +11,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import figures
-import tables
-from pages import Section, table_to_markdown, to_html, to_markdown
-from results import Record, latest
-from targets import verdicts
+import torch
 
+from fastsnap.device import choose_precision
 from fastsnap.run_folder import write_atomically
+from harness import figures, tables
+from harness.pages import Section, table_to_markdown, to_html, to_markdown
+from harness.results import Record, latest
+from harness.verdicts import Verdict, verdicts
+from targets import targets_for
 
 TITLE = "fastsnap: benchmark report"
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs" / "results.md"
 START, END = "<!-- results -->", "<!-- /results -->"
 NOTES = (
     "Contenders take turns in one run, A B A B, each at its best setting. A value is the median with its quartiles; "
@@ -38,10 +40,10 @@ def one_line(record: Record) -> str:
     return text + (f", fastsnap {tables.range_of(record['ratio'])} times as good" if record["ratio"] else "")
 
 
-def write(folder: Path, *, readme: bool) -> list[Path]:
-    """Write the report on all results in `folder`, and with `readme` the README's section; returns the files.
+def write(folder: Path, *, docs: bool) -> list[Path]:
+    """Write the report on all results in `folder`, and with `docs` the section of docs/results.md; returns the files.
 
-    Raises ValueError if there is no result, if the files cannot be written, or if the README has no place for it.
+    Raises ValueError if there is no result, if the files cannot be written, or if docs/results.md has no place for it.
     """
     records = latest(folder)
     sections = make_sections(records, folder)
@@ -49,25 +51,30 @@ def write(folder: Path, *, readme: bool) -> list[Path]:
     for name, content in contents.items():
         write_atomically(folder / name, content.encode())
     written = [folder / name for name in contents]
-    if readme:
-        write_atomically(README, with_results(README.read_text(), readme_section(records)).encode())
-        written.append(README)
+    if docs:
+        write_atomically(DOCS, with_results(DOCS.read_text(), docs_section(records)).encode())
+        written.append(DOCS)
     return written
 
 
-def check_readme() -> None:
-    """Raise ValueError if the README has no place for the results."""
-    with_results(README.read_text(), "")
+def check_docs() -> None:
+    """Raise ValueError if docs/results.md has no place for the results."""
+    with_results(DOCS.read_text(), "")
 
 
 def make_sections(records: Sequence[Record], folder: Path) -> list[Section]:
     """The report's sections; draws their pictures into `folder`."""
     opening = Section(TITLE, [*_machine_lines(records), *NOTES], [tables.origins(records)], level=1)
-    sections = [opening, Section("Targets", tables=[tables.targets(verdicts(records))])]
+    sections = [opening, Section("Targets", tables=[tables.targets(verdicts_here(records))])]
     names = dict.fromkeys(record["benchmark"] for record in records)
     for name in names:
         sections.append(_section(name, [r for r in records if r["benchmark"] == name], folder))
     return sections
+
+
+def verdicts_here(records: Sequence[Record]) -> list[Verdict]:
+    """What the records say about the targets of a processor like this one."""
+    return verdicts(targets_for(choose_precision("auto", torch.device("cpu")).name), records)
 
 
 def _machine_lines(records: Sequence[Record]) -> list[str]:
@@ -83,6 +90,8 @@ def _section(name: str, records: list[Record], folder: Path) -> Section:
     picture = folder / f"{name}.png"
     title, *text = _explanation(name)
     measured = [record for record in records if record["n"]]
+    if not measured:  # there is nothing to draw
+        return Section(title, text, [tables.measurements(records)])
     if name == "accuracy":
         figures.errors(measured, picture)
         gains = [tables.gain(rows) for rows in tables.by_case(measured).values()]
@@ -104,17 +113,17 @@ def _explanation(name: str) -> list[str]:
     ]
 
 
-def readme_section(records: Sequence[Record]) -> str:
+def docs_section(records: Sequence[Record]) -> str:
     """The short results: the targets, what the ensemble gains, and where the figures come from.
 
     Raises ValueError if nothing but quick runs was measured.
     """
     records = [record for record in records if not record["quick"]]
     if not records:
-        raise ValueError("quick runs have no result for the README: run without --quick")
+        raise ValueError("quick runs have no result for docs/results.md: run without --quick")
     regimes = tables.by_case([r for r in records if r["benchmark"] == "accuracy" and r["n"]])
     paragraphs = [
-        table_to_markdown(tables.targets(verdicts(records))),
+        table_to_markdown(tables.targets(verdicts_here(records))),
         *(tables.gain(rows) for rows in regimes.values()),
         *_machine_lines(records),
         table_to_markdown(tables.origins(records)),
@@ -122,12 +131,12 @@ def readme_section(records: Sequence[Record]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def with_results(readme: str, section: str) -> str:
-    """`readme` with `section` between its two marker comments. Raises ValueError if it lacks them."""
-    before, start, rest = readme.partition(START)
+def with_results(page: str, section: str) -> str:
+    """`page` with `section` between its two marker comments. Raises ValueError if it lacks them."""
+    before, start, rest = page.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise ValueError(f"README.md has no {START} ... {END} to write the results between")
+        raise ValueError(f"docs/results.md has no {START} ... {END} to write the results between")
     return f"{before}{start}\n{section}\n{end}{after}"
 
 
@@ -140,11 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "out", metavar="OUT", nargs="?", type=Path, default=Path("reports"), help="default: reports"
     )
     parser.add_argument(
-        "--update-readme", action="store_true", help="write the short results into README.md as well"
+        "--update-docs", action="store_true", help="write the short results into docs/results.md as well"
     )
     options = parser.parse_args(arguments)
     try:
-        for path in write(options.out, readme=options.update_readme):
+        for path in write(options.out, docs=options.update_docs):
             print(f"saved {path}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

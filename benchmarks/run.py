@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from measure import Settings
+    from harness.measure import Settings
 
 # Imported when they run: this file is imported again by every process that a benchmark starts.
 BENCHMARKS = {
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "scaling": "cost against batch size, M, depth and net size",
     "accuracy": "error of snapshot ensemble, standard schedule, NoCycle and SingleCycle at equal epochs",
 }
+IN_A_PRECISION = ("throughput", "evaluation")  # those that --precision is for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastsnap.device import DEVICES, PRECISIONS
+
     parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
     parser.add_argument("--list", action="store_true", help="list the benchmarks and stop")
     parser.add_argument(
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="about two minutes in all instead of 15 to 25; the figures say little",
+        help="a few minutes in all instead of 20 to 30; the figures say little",
     )
     parser.add_argument("--full", action="store_true", help="accuracy at the paper's setting: days on a CPU")
     parser.add_argument(
@@ -70,23 +73,28 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of results and report (default: reports, or reports/quick)",
     )
     parser.add_argument("--seeds", metavar="N", type=int, help="seeds 0 to N-1 for the accuracy")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     parser.add_argument(
-        "--update-readme", action="store_true", help="write the short results into README.md as well"
+        "--precision",
+        choices=PRECISIONS,
+        help="of throughput and evaluation; auto: of each contender's choice; another: asked of all that offer one "
+        "(default: auto and, where that is not fp32, fp32 as well for ResNet-20)",
+    )
+    parser.add_argument(
+        "--update-docs", action="store_true", help="write the short results into docs/results.md as well"
     )
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     import report
-    import results
-
     from fastsnap.training.stopping import TrainingStopped
+    from harness import results
 
     names = _chosen(options.only)
-    settings = _settings(options)
-    if options.update_readme:
-        report.check_readme()
+    settings = _settings(options, names)
+    if options.update_docs:
+        report.check_docs()
     failed = False
     for name in names:
         start = time.perf_counter()
@@ -100,24 +108,25 @@ def _run(options: argparse.Namespace) -> int:
             print(f"error: {name}: {error}", file=sys.stderr, flush=True)
             failed = True
         print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
-    for path in report.write(settings.out, readme=options.update_readme):
+    for path in report.write(settings.out, docs=options.update_docs):
         print(f"saved {path}")
     return int(failed)
 
 
-def _settings(options: argparse.Namespace) -> "Settings":
+def _settings(options: argparse.Namespace, names: Sequence[str]) -> "Settings":
     """What the benchmarks are told. Raises ValueError for what would only fail after minutes."""
-    from measure import Settings
-    from task import load_images
-
     from fastsnap.device import choose_device
+    from harness.measure import Settings
+    from harness.task import load_images
 
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
     if options.full and options.data is None:
         raise ValueError("--full needs CIFAR-100: name the folder that holds it with --data")
-    if options.quick and options.update_readme:
-        raise ValueError("--update-readme needs figures that mean something: leave --quick out")
+    if options.quick and options.update_docs:
+        raise ValueError("--update-docs needs figures that mean something: leave --quick out")
+    device = choose_device(options.device).type
+    _check_precision(options.precision, device, names)
     load_images(options.data)
     out = options.out or Path("reports/quick" if options.quick else "reports")
     try:
@@ -127,11 +136,22 @@ def _settings(options: argparse.Namespace) -> "Settings":
     return Settings(
         data=options.data,
         out=out,
-        device=choose_device(options.device).type,
+        device=device,
         quick=options.quick,
         full=options.full,
         seeds=options.seeds,
+        precision=options.precision,
     )
+
+
+def _check_precision(precision: str | None, device: str, names: Sequence[str]) -> None:
+    """Raise ValueError for a --precision that would be ignored or that the device hardly computes in."""
+    if precision is not None and not set(names) & set(IN_A_PRECISION):
+        raise ValueError(
+            f"--precision is for {' and '.join(IN_A_PRECISION)}, got --only {','.join(names)}: leave it out"
+        )
+    if precision == "fp16" and device == "cpu":
+        raise ValueError("--precision fp16 is for a GPU, a CPU hardly computes in it: use bf16 or fp32")
 
 
 def _chosen(only: list[str] | None) -> list[str]:

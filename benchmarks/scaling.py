@@ -12,19 +12,26 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from evaluation import random_networks, random_run
-from measure import PROJECT, Better, Result, Settings, alternate, spread
-from paced import PacedProcess
-from project import batches_loop, configure, train_loop, warm_up
-from schedules import seconds_of_a_run
 from scipy import stats
-from task import CLASSES, Task, load_images, shortened
 
 from fastsnap.data.datasets import Dataset
 from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
+from harness.measure import PROJECT, Better, Result, Settings, alternate, spread
+from harness.paced import PacedProcess
+from harness.project import (
+    batches_loop,
+    configure,
+    random_networks,
+    random_run,
+    seconds_of_a_run,
+    threads_of,
+    train_loop,
+    warm_up,
+)
+from harness.task import CLASSES, Task, load_images, shortened
 
 NAME = "scaling"
 NET = "resnet20"
@@ -93,10 +100,8 @@ def _rounds(settings: Settings) -> int:
 
 def _alternate(turns: Mapping[int, Callable[[], float]], settings: Settings) -> dict[int, list[float]]:
     """`alternate` after a warm-up round, by size."""
-    named = {str(size): turn for size, turn in turns.items()}
-    alternate(named, rounds=1)
-    values = alternate(named, _rounds(settings))
-    return dict(zip(turns, values.values(), strict=True))
+    alternate(turns, rounds=1)
+    return alternate(turns, _rounds(settings))
 
 
 def _batch_size(dataset: Dataset, settings: Settings) -> Series:
@@ -118,17 +123,20 @@ def _depth(dataset: Dataset, settings: Settings) -> Series:
 def _step_turn(dataset: Dataset, settings: Settings, net: str, batch_size: int) -> Callable[[], float]:
     """Seconds per training step, on one batch."""
     task = Task(net, settings.device, settings.data, batch_size=batch_size)
-    trainer = build_trainer(configure(task), dataset, RunFolder("unused"))
-    warm_up(trainer)
+    config = configure(task)
+    trainer = build_trainer(config, dataset, RunFolder("unused"))
+    with threads_of(config):
+        warm_up(trainer)
     images, labels = next(iter(trainer.pipeline.epoch(0)))
     steps = max(1, (QUICK_IMAGES_OF_A_TURN if settings.quick else IMAGES_OF_A_TURN) // batch_size)
 
     def turn() -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            trainer.train_step(images, labels)
-        trainer.train_step.totals.tolist()  # waits for the device
-        return (time.perf_counter() - start) / steps
+        with threads_of(config):
+            start = time.perf_counter()
+            for _ in range(steps):
+                trainer.train_step(images, labels)
+            trainer.train_step.totals.tolist()  # waits for the device
+            return (time.perf_counter() - start) / steps
 
     return turn
 
@@ -149,19 +157,19 @@ def _members(dataset: Dataset, settings: Settings) -> Series:
     images = QUICK_TEST_IMAGES if settings.quick else TEST_IMAGES
     short = shortened(dataset, test=images)
     task = Task(NET, settings.device, settings.data)
-    precision = configure(task).precision
     with tempfile.TemporaryDirectory() as temporary:
         turns = {}
         for m in members:
             path = Path(temporary) / str(m)
-            folder = random_run(path, task, short, random_networks(NET, m), precision)
-            turns[m] = partial(_evaluation_seconds, folder, short, settings.device)
+            folder = random_run(path, task, short, random_networks(NET, m))
+            turns[m] = partial(_evaluation_seconds, folder, short, task)
         seconds = _alternate(turns, settings)
     return Series(f"evaluating {NET} on {images:,} images", "M", "s", "lower", seconds)
 
 
-def _evaluation_seconds(folder: RunFolder, dataset: Dataset, device: str) -> float:
-    return evaluate_run(folder, dataset=dataset, device=torch.device(device)).seconds
+def _evaluation_seconds(folder: RunFolder, dataset: Dataset, task: Task) -> float:
+    with threads_of(configure(task)):
+        return evaluate_run(folder, dataset=dataset, device=torch.device(task.device)).seconds
 
 
 def _memory(settings: Settings) -> Series:

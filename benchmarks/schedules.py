@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import PROJECT, Result, Settings, alternate, compare, spread
-from opponents.loops import careful_loop, plain_loop
-from paced import PacedProcess
-from project import configure, run_silently, train_loop, warm_up
-from task import Task, describe_data, load_images, shortened
 
 from fastsnap.data.datasets import Dataset
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer
+from harness.measure import PROJECT, Result, Settings, alternate, compare, spread
+from harness.paced import PacedProcess
+from harness.project import configure, seconds_of_a_run, train_loop
+from harness.task import Task, describe_data, load_images, shortened
+from opponents.loops import careful_loop, plain_loop
 
 NAME = "schedules"
 NET = "resnet20"
@@ -43,16 +43,6 @@ def run(settings: Settings) -> Iterator[Result]:
     yield from training
     yield from _saving(task, dataset, spread(training[0].values).median, settings)
     yield from _start(replace(task, epochs=Task.epochs), settings)
-
-
-def seconds_of_a_run(task: Task, dataset: Dataset, schedule: str = "snapshot") -> float:
-    """How long a whole run of `task.epochs` takes, saving included, making and warming up the trainer not."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(configure(task, schedule), dataset, RunFolder(folder))
-        warm_up(trainer)
-        start = time.perf_counter()
-        run_silently(trainer)  # ends with a snapshot on disk, so a GPU has finished too
-        return time.perf_counter() - start
 
 
 def _training(task: Task, dataset: Dataset, quick: bool) -> Iterator[Result]:

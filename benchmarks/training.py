@@ -74,6 +74,7 @@ def measure(arguments: list[str]) -> dict[str, Any]:
         config = settle(parse_arguments([*arguments, "--out", temporary]))
         if config.device != "cpu":
             raise ValueError("this benchmark measures on a CPU: add --device cpu")
+        torch.set_num_threads(config.threads or torch.get_num_threads())
         dataset = load_dataset(
             config.dataset,
             config.data,

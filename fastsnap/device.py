@@ -1,12 +1,15 @@
 """Where to compute and in which precision: what this device, or this processor, can really do.
 
 oneDNN accepts bf16 on every processor with AVX-512, but without instructions that multiply it, it converts: on an Ice
-Lake Xeon ResNet-20 then trains at 200 images/s instead of 390 in fp32. So the instructions decide.
+Lake Xeon ResNet-20 then trains at 200 images/s instead of 390 in fp32. So the instructions decide, and whose they are:
+AVX512-BF16 multiplies twice as much per cycle as fp32 does on AMD's processors (Zen 4 on), as much on Intel's, whose
+way is AMX; with all the conversions around, fp32 is a third faster there (docs/benchmarks.md).
 """
 
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +17,8 @@ import torch
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Instructions that multiply bf16, as torch.cpu.get_capabilities calls them, and as their makers do.
-BF16_INSTRUCTIONS = {
-    "avx512_bf16": "AVX512-BF16",
-    "amx_bf16": "AMX-BF16",
-    "bf16": "Arm BF16",
-    "sve_bf16": "SVE BF16",
-}
+# Instructions that multiply bf16 faster than fp32, as torch.cpu.get_capabilities calls them, and as their makers do.
+FAST_BF16 = {"amx_bf16": "AMX-BF16", "bf16": "Arm BF16", "sve_bf16": "SVE BF16"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,15 @@ def processor_precision(capabilities: Mapping[str, Any], onednn_takes_bf16: bool
     capabilities       of the processor, with the names of torch.cpu.get_capabilities
     onednn_takes_bf16  whether PyTorch's convolutions run in bf16 on it at all
     """
-    found = [text for name, text in BF16_INSTRUCTIONS.items() if capabilities.get(name)]
+    found = [text for name, text in FAST_BF16.items() if capabilities.get(name)]
+    if capabilities.get("avx512_bf16") and "AMD" in capabilities.get("cpu_name", ""):
+        found.append("AVX512-BF16")
     if found and onednn_takes_bf16:
         return Precision("bf16", f"this processor has {' and '.join(found)}")
     if found:
         return Precision("fp32", f"this processor has {found[0]}, but this PyTorch does not use it")
+    if capabilities.get("avx512_bf16"):
+        return Precision("fp32", "this processor multiplies bf16 no faster, having AVX512-BF16 without AMX")
     return Precision("fp32", "this processor has no instructions for bf16")
 
 
@@ -72,5 +74,13 @@ def processor_capabilities() -> Mapping[str, Any]:
     return {
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         "amx_bf16": torch.cpu._is_amx_tile_supported(),
-        "architecture": platform.machine(),
+        "cpu_name": processor_name(),
     }
+
+
+def processor_name() -> str:
+    """As the system calls it: "AMD EPYC 9R14", "Intel(R) Xeon(R) Platinum 8488C"."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "unknown"

@@ -3,9 +3,17 @@
 import pytest
 import torch
 
-from fastsnap.device import Precision, choose_device, choose_precision, processor_precision
+from fastsnap.device import (
+    Precision,
+    choose_device,
+    choose_precision,
+    processor_capabilities,
+    processor_name,
+    processor_precision,
+)
 
-X86 = {"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bw": True}
+X86 = {"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bw": True, "cpu_name": "Intel Xeon"}
+ZEN_4 = X86 | {"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True, "amx_bf16": False}
 ARM = {"architecture": "aarch64", "neon": True}
 
 
@@ -13,7 +21,9 @@ ARM = {"architecture": "aarch64", "neon": True}
     ("capabilities", "onednn", "expected"),
     [
         (X86 | {"avx512_bf16": False, "amx_bf16": False}, True, "fp32"),  # Skylake, Cascade Lake, Ice Lake
-        (X86 | {"avx512_bf16": True}, True, "bf16"),  # Cooper Lake, Zen 4
+        (X86 | {"avx512_bf16": True}, True, "fp32"),  # Cooper Lake, or a hypervisor that hides AMX: no faster
+        (ZEN_4, True, "bf16"),
+        (ZEN_4, False, "fp32"),
         (X86 | {"avx512_bf16": True, "amx_bf16": True}, True, "bf16"),  # Sapphire Rapids
         (X86 | {"amx_bf16": True}, True, "bf16"),
         ({"architecture": "x86_64", "avx2": True}, False, "fp32"),  # Haswell, Zen 2
@@ -30,9 +40,18 @@ def test_auto_is_bf16_only_where_instructions_multiply_it(capabilities, onednn, 
 
 def test_the_reason_names_the_instructions():
     amx = processor_precision(X86 | {"avx512_bf16": True, "amx_bf16": True}, True)
-    assert amx.reason == "this processor has AVX512-BF16 and AMX-BF16"
+    assert amx.reason == "this processor has AMX-BF16"
+    assert processor_precision(ZEN_4, True).reason == "this processor has AVX512-BF16"
+    assert "without AMX" in processor_precision(X86 | {"avx512_bf16": True}, True).reason
     assert processor_precision(X86, True).reason == "this processor has no instructions for bf16"
     assert "does not use it" in processor_precision(ARM | {"bf16": True}, False).reason
+
+
+def test_the_processor_at_hand_is_known():
+    capabilities = processor_capabilities()
+    assert {"avx512_bf16", "cpu_name"} <= capabilities.keys() or "aarch64" in str(capabilities)
+    assert processor_name()
+    assert choose_precision("auto", torch.device("cpu")).name in ("bf16", "fp32")
 
 
 def test_what_is_asked_for_is_taken():

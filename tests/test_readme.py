@@ -1,4 +1,4 @@
-"""What the README shows works: its example runs, its commands and links exist."""
+"""What the README and the pages under docs/ show works: the example runs, commands and links exist."""
 
 import itertools
 import re
@@ -9,6 +9,7 @@ import safetensors.torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def test_the_example_of_an_own_loop_has_at_most_15_lines_and_runs(
@@ -25,13 +26,45 @@ def test_the_example_of_an_own_loop_has_at_most_15_lines_and_runs(
     assert all((first != second).any() for first, second in itertools.pairwise(weights))
 
 
-def test_every_make_target_that_the_readme_names_exists() -> None:
+def test_every_make_target_that_the_pages_name_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", README, flags=re.MULTILINE))
-    assert {"train", "test", "apex"} <= named <= targets
+    named = {
+        page: set(re.findall(r"(?:`|^)make\s([a-z][a-z-]*)", page.read_text(), re.MULTILINE))
+        for page in PAGES
+    }
+    assert {"train", "test", "apex"} <= named[ROOT / "README.md"]
+    assert set().union(*named.values()) <= targets
 
 
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith(("http", "#"))]
-    assert links
-    assert all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, heading = link.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), link
+        assert file.is_relative_to(ROOT), link
+        assert not heading or heading in anchors(file), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_leads_to_every_page_and_shows_the_pictures() -> None:
+    linked = {(ROOT / link).resolve() for link in re.findall(r"\]\(([^)#]+)\)", README)}
+    assert set(PAGES) - {ROOT / "README.md"} <= linked
+    assert set((ROOT / "docs" / "pictures").glob("*.png")) <= linked
+
+
+def test_flags_of_the_benchmarks_that_the_pages_name_exist() -> None:
+    flags = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / "run.py").read_text()))
+    pages = "".join(page.read_text() for page in PAGES)
+    # The results name the commands of the commits that they were measured at.
+    pages = re.sub(r"<!-- results -->.*<!-- /results -->", "", pages, flags=re.DOTALL)
+    commands = re.findall(r"benchmarks/run\.py([^`\n]*)", pages)
+    assert commands
+    assert {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)} <= flags

@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from opponents.loaders import make_loader
-from paced import Pace
-from task import CLASSES, Task
 from torch import nn
 from torch.utils.data import DataLoader
 
 from fastsnap.nets.resnet import build_network
+from harness.paced import Pace
+from harness.task import CLASSES, Task
+from opponents.loaders import make_loader
 
 
 class PacedLoader:

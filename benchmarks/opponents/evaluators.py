@@ -6,10 +6,11 @@ The networks are in memory and the images normalised, which is not counted; the 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from opponents.ensemble_pytorch import make_ensemble
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import DataLoader, TensorDataset
+
+from opponents.ensemble_pytorch import make_ensemble
 
 BATCH_SIZE = 250
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -61,14 +62,14 @@ def torchensemble_way(networks: Sequence[nn.Module], images: Tensor, labels: Ten
     return 100 - ensemble.evaluate(loader)
 
 
-def float32_forward(network: nn.Module, batch: Tensor) -> Tensor:
+def plain_forward(network: nn.Module, batch: Tensor) -> Tensor:
     """Plain PyTorch."""
     return network(batch)
 
 
-def bfloat16_forward(network: nn.Module, batch: Tensor) -> Tensor:
-    """Autocast to bf16; logits in float32."""
-    with torch.autocast(batch.device.type, torch.bfloat16):
+def autocast_forward(dtype: torch.dtype, network: nn.Module, batch: Tensor) -> Tensor:
+    """Autocast to `dtype`; logits in float32."""
+    with torch.autocast(batch.device.type, dtype):
         return network(batch).float()
 
 

@@ -2,12 +2,12 @@
 
 import torch
 from PIL import Image
-from task import Task, load_images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from fastsnap.data import datasets
+from harness.task import Task, load_images
 
 
 class TransformedImages(Dataset):

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from opponents.loaders import make_loader
-from paced import Pace
-from task import CLASSES, Task
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from fastsnap.device import AUTOCAST_DTYPES, choose_precision
 from fastsnap.nets.resnet import build_network
+from harness.paced import Pace
+from harness.task import CLASSES, Task
+from opponents.loaders import make_loader
 
 
 def plain_loop(pace: Pace, task: Task) -> None:
@@ -31,7 +31,7 @@ def plain_loop(pace: Pace, task: Task) -> None:
 
 
 def careful_loop(pace: Pace, task: Task) -> None:
-    """The same with channels-last memory, autocast to bf16 and fused SGD; compiled on CUDA."""
+    """The same with channels-last memory, autocast to the task's precision and fused SGD; compiled on CUDA."""
     network = _channels_last(task)
     optimizer = _sgd(network, task, fused=True)
     loader = make_loader(task)
@@ -100,8 +100,9 @@ def _train_carefully(
     set_rate: Callable[[int], None],
 ) -> None:
     """set_rate  called after each update with the number of updates done"""
-    precision = choose_precision("auto", torch.device(task.device)).name
+    precision = choose_precision(task.precision, torch.device(task.device)).name
     dtype = AUTOCAST_DTYPES.get(precision)
+    scaler = torch.amp.GradScaler(task.device, enabled=precision == "fp16")
     forward: Callable[[Tensor], Tensor] = torch.compile(network) if task.device == "cuda" else network
     step = 0
     for _ in range(task.epochs):
@@ -111,7 +112,8 @@ def _train_carefully(
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(task.device, dtype, enabled=dtype is not None):
                 loss = functional.cross_entropy(forward(images), labels)
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             step += 1
             set_rate(step)

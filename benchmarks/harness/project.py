@@ -2,23 +2,28 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from paced import Pace
 from rich.console import Console
-from task import DATASET, Task, load_images
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsnap.config import TrainConfig, differences, make_config
 from fastsnap.data.datasets import Dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
+from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.train import build_trainer, describe, settle
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.trainer import Trainer
+from harness.paced import Pace
+from harness.task import CLASSES, DATASET, Task, load_images
 
 WARM_UP_STEPS = 5  # compilation, first allocations, the CUDA graph
 
@@ -48,16 +53,31 @@ def configure(task: Task, schedule: str = "snapshot") -> TrainConfig:
             momentum=task.momentum,
             weight_decay=task.weight_decay,
             device=task.device,
+            precision=task.precision,
             schedule=schedule,
         )
     )
 
 
+@contextmanager
+def threads_of(config: TrainConfig) -> Iterator[None]:
+    """Compute with the threads of a settled `config`, as the command line does; afterwards with PyTorch's own number,
+    which opponents in this process have.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def train_loop(pace: Pace, task: Task, schedule: str = "snapshot") -> None:
     """Training without end; what it saves goes to a temporary folder."""
     keep_freed_memory()  # as fastsnap.train's main does
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(configure(task, schedule), load_images(task.data), RunFolder(folder))
+    config = configure(task, schedule)
+    with tempfile.TemporaryDirectory() as folder, threads_of(config):
+        trainer = build_trainer(config, load_images(task.data), RunFolder(folder))
         trainer.pipeline = PacedPipeline(trainer.pipeline, pace)
         run_silently(trainer)
 
@@ -72,13 +92,24 @@ def train_run(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> None:
         raise ValueError(
             f"{folder.path} holds a run of another {', '.join(different)}: choose another --out, or remove it"
         )
-    with folder.locked():
+    with folder.locked(), threads_of(config):
         trainer = build_trainer(config, dataset, folder)
         if not folder.exists():
             folder.write_json("config.json", describe(config, dataset))
         trainer.resume()
         if trainer.step < trainer.schedule.steps:
             run_silently(trainer)
+
+
+def seconds_of_a_run(task: Task, dataset: Dataset, schedule: str = "snapshot") -> float:
+    """How long a whole run of `task.epochs` takes, saving included, making and warming up the trainer not."""
+    config = configure(task, schedule)
+    with tempfile.TemporaryDirectory() as folder, threads_of(config):
+        trainer = build_trainer(config, dataset, RunFolder(folder))
+        warm_up(trainer)
+        start = time.perf_counter()
+        run_silently(trainer)  # ends with a snapshot on disk, so a GPU has finished too
+        return time.perf_counter() - start
 
 
 def warm_up(trainer: Trainer) -> None:
@@ -101,16 +132,34 @@ def run_silently(trainer: Trainer) -> None:
 def batches_loop(pace: Pace, task: Task, loader: str) -> None:
     """A pipeline alone. loader: "dali" or "torch"."""
     dataset = load_images(task.data)
-    pipeline = make_pipeline(
-        dataset.train,
-        batch_size=task.batch_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=torch.device(task.device),
-        padding=dataset.padding,
-        flip=dataset.flip,
-        loader=loader,
-    )
-    for epoch in range(task.epochs):
-        for _ in pace.batches(pipeline.epoch(epoch)):
-            pass
+    with threads_of(configure(task)):
+        pipeline = make_pipeline(
+            dataset.train,
+            batch_size=task.batch_size,
+            mean=dataset.mean,
+            std=dataset.std,
+            device=torch.device(task.device),
+            padding=dataset.padding,
+            flip=dataset.flip,
+            loader=loader,
+        )
+        for epoch in range(task.epochs):
+            for _ in pace.batches(pipeline.epoch(epoch)):
+                pass
+
+
+def random_networks(net: str, members: int) -> list[nn.Module]:
+    """Untrained networks, in evaluation mode: what they cost does not depend on what they know."""
+    return [build_network(net, classes=CLASSES, seed=seed).eval() for seed in range(members)]
+
+
+def random_run(path: Path, task: Task, dataset: Dataset, networks: Sequence[nn.Module]) -> RunFolder:
+    """A run folder whose snapshots are `networks`."""
+    folder = RunFolder(path)
+    path.mkdir(parents=True)
+    folder.write_json("config.json", describe(configure(replace(task, cycles=len(networks))), dataset))
+    for number, network in enumerate(networks, start=1):
+        folder.save_snapshot(
+            network.state_dict(), step=number, cycle=number, epoch=number, learning_rate=0.1, train_loss=1.0
+        )
+    return folder

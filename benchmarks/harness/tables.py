@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from measure import PROJECT
-from pages import Table
-from results import Record
-from targets import Verdict
+from harness.measure import PROJECT
+from harness.pages import Table
+from harness.results import Record
+from harness.verdicts import Verdict
 
 
 def figure(value: float) -> str:

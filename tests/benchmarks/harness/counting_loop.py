@@ -5,7 +5,7 @@ from typing import Any
 
 
 def counting_loop(pace: Any, path: Path) -> None:
-    """Write the number of each of three batches into `path`, then fail. pace: paced.Pace."""
+    """Write the number of each of three batches into `path`, then fail. pace: harness.paced.Pace."""
     for count in pace.batches(range(3)):
         path.write_text(f"{count}")
     raise RuntimeError("nothing left to do")

@@ -8,11 +8,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
-from measure import PROJECT
-from results import Record
-from tables import figure as figure_text
 
 from fastsnap.ensemble.plots import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE, save
+from harness.measure import PROJECT
+from harness.results import Record
+from harness.tables import figure as figure_text
 
 WIDTH = 9.0  # inches
 TITLE_LETTERS = 48  # of a panel of half that width

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from measure import Result, Settings
+from harness.measure import Result, Settings
 
 FILE = "results.jsonl"
-Record = dict[str, Any]  # a line: see measure.Result.as_json
+Record = dict[str, Any]  # a line: see harness.measure.Result.as_json
 
 
 def append(result: Result, settings: Settings) -> Record:

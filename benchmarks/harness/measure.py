@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from fastsnap.device import choose_device
+from fastsnap.device import choose_device, processor_name
 
 PROJECT = "fastsnap"
 # What an opponent needs, by the name that is imported, and the command that installs it.
@@ -29,20 +29,25 @@ INSTALL = {
     "nvidia.dali": "pip install nvidia-dali-cuda130",
 }
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "nvidia-dali-cuda130", "torchensemble", "timm")
-SETTINGS = ("OMP_NUM_THREADS", "LD_PRELOAD", "MALLOC_CONF", "CUDA_VISIBLE_DEVICES")  # that change speed
+SETTINGS = (  # that change speed
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ONEDNN_MAX_CPU_ISA"),
+    *("LD_PRELOAD", "MALLOC_CONF", "CUDA_VISIBLE_DEVICES"),
+)
 Better = Literal["higher", "lower"]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every benchmark is told.
 
-    data    folder that holds CIFAR-100; None: the benchmarks that measure speed use noise of its shape, and say so
-    out     folder of the results and of the accuracy runs
-    device  "cpu" or "cuda"
-    quick   small enough for all benchmarks together in about two minutes
-    full    the paper's setting, where a benchmark has one
-    seeds   how many seeds the accuracy is measured with; None: the benchmark's own number
+    data       folder that holds CIFAR-100; None: the benchmarks that measure speed use noise of its shape, and say so
+    out        folder of the results and of the accuracy runs
+    device     "cpu" or "cuda"
+    quick      small enough for all benchmarks together in a few minutes
+    full       the paper's setting, where a benchmark has one
+    seeds      how many seeds the accuracy is measured with; None: the benchmark's own number
+    precision  in which throughput and evaluation compare; None: see precisions.compared
     """
 
     data: Path | None = None
@@ -51,6 +56,7 @@ class Settings:
     quick: bool = False
     full: bool = False
     seeds: int | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,9 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, low, high)
 
 
-def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(contenders: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, list[float]]:
     """Call every contender once a round, in turn; returns the values that each gave, by round."""
-    values: dict[str, list[float]] = {name: [] for name in contenders}
+    values: dict[Name, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
             values[name].append(contender())
@@ -178,20 +184,13 @@ def _start_of_run() -> str:
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on of the machine."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or "unknown"
 
 
 @functools.cache

@@ -17,14 +17,16 @@ SYNTHETIC_TEST_IMAGES = 2_000
 class Task:
     """A training task; steps and epochs are as many as the measurement takes.
 
-    data     folder that holds CIFAR-100; None: noise of its shape
-    workers  processes of the opponents' DataLoader
+    data       folder that holds CIFAR-100; None: noise of its shape
+    precision  of those who offer a choice: "auto", "bf16", "fp16" or "fp32"
+    workers    processes of the opponents' DataLoader
     """
 
     net: str
     device: str
     data: Path | None = None
     batch_size: int = 64
+    precision: str = "auto"
     workers: int = 0
     cycles: int = 5
     learning_rate: float = 0.1

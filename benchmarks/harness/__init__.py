@@ -1,0 +1,1 @@
+"""What the benchmarks measure with and report with; it imports neither benchmarks nor opponents."""

@@ -1,0 +1,1 @@
+"""What the project is compared with: loops by hand and libraries, each as its users would run it."""
