@@ -17,7 +17,7 @@ from pages import Section, table_to_markdown, to_html, to_markdown
 from results import Record, latest
 from targets import verdicts
 
-from fastsnap.run_folder import write_atomically
+from fastsnap.run_files import write_atomically
 
 TITLE = "fastsnap: benchmark report"
 README = Path(__file__).parent.parent / "README.md"

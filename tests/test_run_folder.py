@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 from fastsnap.nets.resnet import build_network
-from fastsnap.run_folder import DamagedSnapshot, RunError, RunFolder, newest_run, write_atomically
+from fastsnap.run_files import RunError, write_atomically
+from fastsnap.run_folder import DamagedSnapshot, RunFolder, newest_run
 
 
 def save(
@@ -97,7 +98,7 @@ def test_a_damaged_manifest_is_named(folder: RunFolder, content: str) -> None:
 
 def test_a_checkpoint_comes_back_to_the_bit(folder: RunFolder) -> None:
     tensors = {"parameters": torch.randn(100), "totals": torch.tensor([1.5, math.pi], dtype=torch.float64)}
-    state = {"step": 7, "seconds": 0.1 + 0.2, "scaler": {}}
+    state = {"step": 7, "steps": 9, "seconds": 0.1 + 0.2, "epoch_seconds": 0.1, "scaler": {"scale": 65536.0}}
     assert folder.load_checkpoint() is None
     folder.save_checkpoint(tensors, state)
     loaded = folder.load_checkpoint()

@@ -60,6 +60,7 @@ class Trainer:
         self.pipeline, self.schedule, self.images, self.folder = pipeline, schedule, images, folder
         self.step = 0  # updates done
         self.seconds = 0.0  # spent training until the current session
+        self._session_start = self._epoch_start = time.perf_counter()
         self.epoch_seconds = 0.0  # of them, in the current epoch
 
     # -- the loop
@@ -203,10 +204,22 @@ class Trainer:
         self._checkpoint_time = time.perf_counter()
 
     def resume(self) -> bool:
-        """Go to the folder's checkpoint, if it has one. Raises RunError for one that does not fit this run."""
+        """Go to where the run in the folder is; False at its beginning, where it gets its first checkpoint.
+
+        Of a finished run only `step` is set: its networks are the snapshots, and it needs no checkpoint.
+        Raises RunError for a checkpoint that does not fit this run, and for results that are incomplete: none is
+        trained again unasked.
+        """
+        if self.folder.is_finished(self.schedule.steps):
+            self._require_snapshots(self.schedule.steps)
+            self.step = self.schedule.steps
+            return True
         checkpoint = self.folder.load_checkpoint()
         if checkpoint is None:
+            self.folder.require_nothing_trained()
             self.folder.forget_after(0)
+            # So a checkpoint that is missing later was removed.
+            self.save_checkpoint()
             return False
         tensors, state = checkpoint
         own = self._tensors()
@@ -216,13 +229,26 @@ class Trainer:
             raise RunError(
                 f"the checkpoint in {self.folder.path} is of another network, data set or version; choose another --out"
             )
+        self._require_snapshots(state["step"])
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         self.optimizer.seek(state["step"])
         self.train_step.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.epoch_seconds = state["step"], state["seconds"], state["epoch_seconds"]
         self.folder.forget_after(self.step)
-        return True
+        return self.step > 0
+
+    def _require_snapshots(self, step: int) -> None:
+        """Raise RunError unless the manifest has the snapshots of all cycles that end by `step`."""
+        ends = [self.schedule.boundary(cycle) for cycle in range(1, self.schedule.cycles + 1)]
+        saved = {entry.step for entry in self.folder.snapshots()}
+        missing = [number for number, end in enumerate(ends, start=1) if end <= step and end not in saved]
+        if missing:
+            raise RunError(
+                f"{self.folder.path} is at step {step}, but its manifest.json lacks snapshot "
+                f"{', '.join(map(str, missing))}: put a copy of it back, or add --restart to move what is there aside "
+                "and train again from the start"
+            )
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = {f"buffer.{name}": buffer for name, buffer in self.network.named_buffers()}

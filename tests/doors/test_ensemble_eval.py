@@ -79,7 +79,7 @@ def test_json_to_standard_output_is_alone_there(tmp_path, capsys):
     )
     out, err = capsys.readouterr()
     content = json.loads(out)
-    assert content == json.loads((folder.path / "ensemble.json").read_text())
+    assert content == json.loads((folder.path / "ensemble-validation-snapshots-2.json").read_text())
     assert [member["snapshot"] for member in content["members"]] == [2]
     assert (content["split"], content["images"]) == ("validation", 100)
     assert "Each snapshot alone" in err

@@ -8,7 +8,7 @@ from small_run import small_dataset, small_run
 from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.ensemble.plots import error_figure, save, save_plots, training_figure
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.run_folder import SnapshotEntry
+from fastsnap.run_schema import SnapshotEntry
 
 
 def evaluated(path, **options):
@@ -83,7 +83,7 @@ def test_many_snapshots_are_numbered_sparsely_and_the_last_always():
 )  # the last: still in its first epoch
 def test_pictures_of_any_run_are_readable_files(tmp_path, snapshots, planned):
     folder, report = evaluated(tmp_path / "run", snapshots=snapshots, planned=planned)
-    save_plots(folder, report)
+    save_plots(folder, report, folder.path)
     for name in ("error-against-m.png", "training.png"):
         height, width = imread(folder.path / name).shape[:2]
         assert width > height > 500
