@@ -165,6 +165,66 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
+def write_often(path: Path, letter: str, outcome) -> None:
+    try:
+        for _ in range(200):
+            write_atomically(path, letter.encode() * 100_000)
+        outcome.put("")
+    except RunError as error:
+        outcome.put(str(error))
+
+
+def test_three_processes_write_one_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "ensemble.json"
+    context = multiprocessing.get_context("spawn")
+    outcome = context.Queue()
+    processes = [context.Process(target=write_often, args=(path, letter, outcome)) for letter in "abc"]
+    for process in processes:
+        process.start()
+    assert [outcome.get(timeout=300) for _ in processes] == [""] * 3
+    for process in processes:
+        process.join()
+    content = path.read_bytes()
+    assert content == content[:1] * 100_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_half_written_is_removed_by_the_next(folder: RunFolder) -> None:
+    save(folder, 1)
+    names = (".checkpoint.safetensors.7-aa.tmp", "snapshots/.snapshot-02.safetensors.7-bb.tmp", ".notes.tmp")
+    for name in names:
+        (folder.path / name).write_bytes(b"half")
+    with folder.locked():
+        left = [name for name in names if (folder.path / name).exists()]
+    assert left == [".notes.tmp"]
+    assert len(folder.snapshots()) == 1
+
+
+def test_a_manifest_that_was_removed_is_told_from_one_never_written(folder: RunFolder) -> None:
+    assert folder.snapshots() == []
+    save(folder, 1)
+    (folder.path / "manifest.json").unlink()
+    for ask in (folder.snapshots, lambda: folder.is_finished(10), lambda: save(folder, 2)):
+        with pytest.raises(
+            RunError, match=r"manifest\.json is missing, though snapshots/ holds 1 files.*--restart"
+        ):
+            ask()
+
+
+def test_setting_aside_moves_what_a_run_left_and_nothing_else(folder: RunFolder) -> None:
+    save(folder, 1)
+    for name in ("ensemble-validation.json", "training.png", "notes.txt"):
+        (folder.path / name).write_text("x")
+    moved = [folder.set_aside()]
+    assert {file.name for file in folder.path.iterdir()} == {"notes.txt", moved[0].name}
+    assert len(RunFolder(moved[0]).snapshots()) == 1
+    assert folder.set_aside() is None
+    save(folder, 2)
+    moved.append(folder.set_aside())
+    assert RunFolder(moved[1]).snapshots()[0].number == 2
+    assert RunFolder(moved[0]).snapshots()[0].number == 1
+
+
 def hold(path: Path, held, release) -> None:
     with RunFolder(path).locked():
         held.set()

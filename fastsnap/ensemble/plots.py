@@ -24,7 +24,8 @@ DOTS_PER_INCH = 160
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 RATE_POINTS = 2000  # finer than the picture's pixels
 LOG_SCALE_FROM = 20.0  # ratio of the largest to the smallest loss
-TITLE_WIDTH = 90  # characters that fit above a figure
+TITLE_WIDTH = 80  # characters that fit above a figure
+LONG_TITLE_SIZE = 8  # points, of a title of several lines: the widest letters fit, too
 MOST_LABELS, MOST_WORDS = 15, 6  # snapshots that can be numbered, and called "snapshot 1", without crowding
 
 
@@ -119,7 +120,8 @@ def _name(figure: Figure, title: str) -> None:
     )
     lines = textwrap.wrap(shown, TITLE_WIDTH)
     # $x$ is a formula to matplotlib otherwise, and to TeX, where the user's settings ask for that, far more is.
-    figure.suptitle("\n".join(lines), parse_math=False, usetex=False)
+    size = LONG_TITLE_SIZE if len(lines) > 1 else None
+    figure.suptitle("\n".join(lines), parse_math=False, usetex=False, fontsize=size)
 
 
 def _tidy(axes: Axes) -> None:
