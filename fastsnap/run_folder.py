@@ -28,7 +28,6 @@ from fastsnap import run_lock, run_schema
 from fastsnap.run_checkpoint import checkpoint_content, read_checkpoint
 from fastsnap.run_files import (
     RunError,
-    move_aside,
     read_bounded,
     read_regular,
     remove_temporary,
@@ -64,7 +63,7 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Whether a run was started here."""
-        return self._has(CONFIG)
+        return self.has(CONFIG)
 
     def config(self) -> dict[str, Any]:
         """config.json, with all that run_schema.Config asks for. Raises RunError if it is missing or damaged."""
@@ -125,7 +124,8 @@ class RunFolder:
     def _snapshot_files(self) -> list[Path]:
         return sorted((self.path / SNAPSHOTS).glob("*.safetensors"))
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether there is such a file in the folder."""
         try:
             return (self.path / name).exists()
         except OSError as error:
@@ -159,39 +159,6 @@ class RunFolder:
             finally:
                 self._require_held = _held_by_nobody
 
-    def require_config(self) -> None:
-        """Raise RunError for a folder that holds what a run made, but not its configuration."""
-        found = [name for name in RESULTS if self._has(name)]
-        if found and not self.exists():
-            raise RunError(
-                f"{self.path / CONFIG} is missing, though {', '.join(found)} of a run are there: put a copy of it "
-                "back, choose another --out, or add --restart to move them aside and train again"
-            )
-
-    def require_nothing_trained(self) -> None:
-        """Raise RunError if there are snapshots, of a run that has no checkpoint any more to go on from."""
-        entries = self.snapshots()
-        if entries:
-            raise RunError(
-                f"{self.path} holds {len(entries)} snapshots of an unfinished run, but its {CHECKPOINT} is missing: "
-                "put a copy of it back to go on, or add --restart to move what is there aside and train again from "
-                "the start"
-            )
-
-    def is_finished(self, steps: int) -> bool:
-        """Whether all that a run of `steps` updates saves is saved. Raises RunError for damaged files."""
-        entries = self.snapshots()
-        if not entries or entries[-1].step < steps:
-            return False
-        # A crash between the last snapshot and its line of metrics; without a checkpoint nothing could be mended.
-        records = self.metrics()
-        return not self._has(CHECKPOINT) or bool(records and records[-1]["step"] == steps)
-
-    def set_aside(self) -> Path | None:
-        """Move all that a run made to a folder of its own in this one, and return that; None if there is nothing."""
-        patterns = (*RESULTS, *EVALUATION, CONFIG)  # config.json last: it says until then that a run is here
-        return move_aside(self.path, patterns)
-
     def write_json(self, name: str, value: Any) -> None:
         """Replace the JSON file `name`. Raises ValueError for NaN or infinite values, which are not JSON."""
         self._write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
@@ -219,7 +186,7 @@ class RunFolder:
             train_loss=train_loss,
         )
         earlier = [other for other in self.snapshots() if other.number < cycle]
-        if not self._has(MANIFEST):
+        if not self.has(MANIFEST):
             self._write_manifest([])  # from now on, a manifest that is missing was removed
         self._write(entry.file, content)
         self._write_manifest([*earlier, entry])
@@ -247,7 +214,7 @@ class RunFolder:
 
         Raises RunError if it is damaged.
         """
-        return read_checkpoint(self.path / CHECKPOINT) if self._has(CHECKPOINT) else None
+        return read_checkpoint(self.path / CHECKPOINT) if self.has(CHECKPOINT) else None
 
     def forget_after(self, step: int) -> None:
         """Drop snapshots and metrics later than `step`: a run resumed there makes them again."""
@@ -256,7 +223,7 @@ class RunFolder:
             self._write_manifest(kept)
         records = self.metrics()
         lines = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
-        if self._has(METRICS):
+        if self.has(METRICS):
             self._write(METRICS, lines.encode())
 
     def _write_manifest(self, entries: list[SnapshotEntry]) -> None:

@@ -8,6 +8,7 @@ import difflib
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -32,7 +33,6 @@ Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Number = Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
 Rate = Annotated[float, msgspec.Meta(gt=0, le=LARGEST)]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"\A[^\x00]*\Z")]
-Hash = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32,128}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
@@ -72,7 +72,7 @@ class Config:
     compile: Text | None = None
     update: Text | None = None
     versions: dict[str, str | None] | None = None
-    fingerprints: dict[str, Hash] | None = None
+    fingerprints: dict[str, Sha256] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,12 @@ def check(value: Any, kind: type[Schema], place: str) -> Schema:
         checked = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         _refuse(value, str(error), kind, place)
+    except (
+        UnicodeEncodeError
+    ) as error:  # half a surrogate pair, which JSON can write; msgspec cannot speak of it
+        raise RunError(
+            f"{place} is damaged: it holds {ascii(error.object)}; put back a copy of it"
+        ) from error
     _check_names(value, kind, place)
     return checked
 
@@ -235,3 +241,17 @@ def check_metrics(content: bytes, place: str) -> list[dict[str, Any]]:
         check(records[-1], MetricsRecord, f"{place}, line {number},")
     check_order([record["step"] for record in records], "step", place)
     return records
+
+
+def check_plan(
+    config: dict[str, Any], entries: Sequence[SnapshotEntry], records: Sequence[dict[str, Any]], run: str
+) -> None:
+    """Raise RunError if manifest or metrics go beyond what config.json plans: they are of different runs."""
+    steps = planned_steps(config)
+    last = max([entry.step for entry in entries] + [record["step"] for record in records], default=0)
+    number = max((entry.number for entry in entries), default=0)
+    if last > steps or number > config["cycles"]:
+        raise RunError(
+            f"{run} is damaged: manifest.json and metrics.jsonl go to step {last}, snapshot {number}, but config.json "
+            f"plans {steps} steps, {config['cycles']} snapshots; put back copies of them"
+        )

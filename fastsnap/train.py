@@ -26,6 +26,7 @@ from fastsnap.limits import choose_threads
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 from fastsnap.printing import make_console, print_error, print_line
 from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.run_state import require_config, set_aside
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.step import TrainStep, choose_compile
@@ -108,7 +109,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     )
     with folder.locked(lambda text: print_line(console, text)):
         if restart:
-            moved = folder.set_aside()
+            moved = set_aside(folder)
             if moved:
                 print_line(console, f"restart: what was there is now in {moved}")
         _require_same(config, folder)  # a process that held the lock until now may have made it
@@ -133,7 +134,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
 
 def _require_same(config: TrainConfig, folder: RunFolder) -> None:
     """Raise RunError if `folder` holds another run, or one that has lost its configuration."""
-    folder.require_config()
+    require_config(folder)
     different = differences(config, folder.config()) if folder.exists() else {}
     if different:
         fields = "; ".join(

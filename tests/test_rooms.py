@@ -18,6 +18,7 @@ ROOMS = (
     ("data",),
     ("nets",),
     (
+        "run_state",
         "run_folder",
         "run_checkpoint",
         "run_schema",

@@ -14,6 +14,7 @@ import torch
 from fastsnap.nets.resnet import build_network
 from fastsnap.run_files import RunError, write_atomically
 from fastsnap.run_folder import DamagedSnapshot, RunFolder, newest_run
+from fastsnap.run_state import is_finished, set_aside
 
 
 def save(
@@ -165,6 +166,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\u4e00" * 85])
+def test_names_as_long_as_a_file_system_has_are_written(tmp_path: Path, name: str) -> None:
+    write_atomically(tmp_path / name, b"content")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 def write_often(path: Path, letter: str, outcome) -> None:
     try:
         for _ in range(200):
@@ -204,7 +211,7 @@ def test_a_manifest_that_was_removed_is_told_from_one_never_written(folder: RunF
     assert folder.snapshots() == []
     save(folder, 1)
     (folder.path / "manifest.json").unlink()
-    for ask in (folder.snapshots, lambda: folder.is_finished(10), lambda: save(folder, 2)):
+    for ask in (folder.snapshots, lambda: is_finished(folder, 10), lambda: save(folder, 2)):
         with pytest.raises(
             RunError, match=r"manifest\.json is missing, though snapshots/ holds 1 files.*--restart"
         ):
@@ -215,12 +222,12 @@ def test_setting_aside_moves_what_a_run_left_and_nothing_else(folder: RunFolder)
     save(folder, 1)
     for name in ("ensemble-validation.json", "training.png", "notes.txt"):
         (folder.path / name).write_text("x")
-    moved = [folder.set_aside()]
+    moved = [set_aside(folder)]
     assert {file.name for file in folder.path.iterdir()} == {"notes.txt", moved[0].name}
     assert len(RunFolder(moved[0]).snapshots()) == 1
-    assert folder.set_aside() is None
+    assert set_aside(folder) is None
     save(folder, 2)
-    moved.append(folder.set_aside())
+    moved.append(set_aside(folder))
     assert RunFolder(moved[1]).snapshots()[0].number == 2
     assert RunFolder(moved[0]).snapshots()[0].number == 1
 

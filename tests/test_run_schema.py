@@ -63,6 +63,7 @@ def first_entry(**values: Any) -> Callable[[Any], None]:
         ("config.json", lambda c: c.update(data="a\0b"), r"data: "),
         ("config.json", lambda c: c.update(momentun=c.pop("momentum")), r"'momentun' and lacks 'momentum'"),
         ("config.json", lambda c: c.update(epoch=c.pop("epochs")), r"'epoch' and lacks 'epochs'"),
+        ("config.json", lambda c: c.update(epochs="\ud800"), r"it holds '\\ud800'"),
         ("config.json", lambda c: c.pop("net"), r"missing required field net"),
         ("manifest.json", first_entry(learning_rate="x"), r"snapshots\[0\]\.learning_rate: .*found 'x'"),
         ("manifest.json", first_entry(step=1.5), r"snapshots\[0\]\.step: Expected int, got float, found 1\.5"),
@@ -157,12 +158,30 @@ def test_what_a_newer_version_adds_is_left_alone(folder: RunFolder) -> None:
     assert evaluate_run(folder, dataset=small_dataset()).images == 360
 
 
+def test_a_path_that_is_not_utf_8_is_read_back(folder: RunFolder) -> None:
+    change(folder, "config.json", lambda config: config.update(data=os.fsdecode(b"/data/\xff")))
+    assert os.fsencode(folder.config()["data"]) == b"/data/\xff"
+
+
 def test_a_configuration_of_version_0_1_0_is_read(folder: RunFolder) -> None:
     """As the first version's `describe` wrote it: no threads, no fingerprints."""
     for name in ("threads", "fingerprints", "momentum"):
         change(folder, "config.json", lambda config, name=name: config.pop(name, None))
     change(folder, "config.json", lambda config: config.update(loader="auto", out="runs/a"))
     assert folder.config()["loader"] == "auto"
+
+
+@pytest.mark.parametrize("values", [{"epochs": 3}, {"cycles": 2}])
+def test_files_of_different_runs_are_refused_before_anything_is_computed(
+    folder: RunFolder, values: dict
+) -> None:
+    change(folder, "config.json", lambda config: config.update(values))
+    forwarded: list[int] = []
+    with pytest.raises(
+        RunError, match=r"go to step 80, snapshot 3, but config\.json plans (60 steps|80 steps, 2 snap)"
+    ):
+        evaluate_run(folder, dataset=small_dataset(), on_member=lambda entry: forwarded.append(entry.number))
+    assert forwarded == []
 
 
 def test_a_file_is_no_run_folder(tmp_path: Path) -> None:

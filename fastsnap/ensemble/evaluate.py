@@ -17,7 +17,7 @@ from fastsnap.device import AUTOCAST_DTYPES, Precision, choose_device, choose_pr
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder
-from fastsnap.run_schema import SnapshotEntry, planned_steps
+from fastsnap.run_schema import SnapshotEntry, check_plan
 
 SPLITS = ("test", "validation")
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
@@ -113,7 +113,7 @@ def evaluate_run(
     """
     config = folder.config()
     entries = choose_snapshots(folder, snapshots)
-    _check_steps(folder, config)
+    check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
     dataset = dataset or _load_data(config, data, folder)
     image_set = _choose_split(dataset, split, folder)
     require_same_images({split: image_set}, config, str(folder.path))
@@ -171,18 +171,6 @@ def choose_snapshots(folder: RunFolder, numbers: Sequence[int] | None) -> list[S
             f"got {', '.join(map(str, numbers)) or 'none'}"
         )
     return [entry for entry in entries if entry.number in numbers]
-
-
-def _check_steps(folder: RunFolder, config: dict[str, Any]) -> None:
-    """Raise RunError, before anything is computed, if manifest or metrics are not of the run that config.json plans."""
-    entries, steps = folder.snapshots(), planned_steps(config)
-    last = max([entry.step for entry in entries] + [record["step"] for record in folder.metrics()])
-    number = entries[-1].number
-    if last > steps or number > config["cycles"]:
-        raise RunError(
-            f"{folder.path} is damaged: its manifest and metrics go to step {last}, snapshot {number}, but its "
-            f"config.json plans {steps} steps, {config['cycles']} snapshots; put back copies of them"
-        )
 
 
 def _load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Dataset:

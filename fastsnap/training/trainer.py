@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastsnap.data.plan import Pipeline
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.run_state import is_finished, require_nothing_trained, require_snapshots
 from fastsnap.training.apex import ApexSGD
 from fastsnap.training.optim import SnapshotSGD
 from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
@@ -210,13 +211,14 @@ class Trainer:
         Raises RunError for a checkpoint that does not fit this run, and for results that are incomplete: none is
         trained again unasked.
         """
-        if self.folder.is_finished(self.schedule.steps):
-            self._require_snapshots(self.schedule.steps)
+        ends = [self.schedule.boundary(cycle) for cycle in range(1, self.schedule.cycles + 1)]
+        if is_finished(self.folder, self.schedule.steps):
+            require_snapshots(self.folder, ends, self.schedule.steps)
             self.step = self.schedule.steps
             return True
         checkpoint = self.folder.load_checkpoint()
         if checkpoint is None:
-            self.folder.require_nothing_trained()
+            require_nothing_trained(self.folder)
             self.folder.forget_after(0)
             # So a checkpoint that is missing later was removed.
             self.save_checkpoint()
@@ -229,7 +231,7 @@ class Trainer:
             raise RunError(
                 f"the checkpoint in {self.folder.path} is of another network, data set or version; choose another --out"
             )
-        self._require_snapshots(state["step"])
+        require_snapshots(self.folder, ends, state["step"])
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         self.optimizer.seek(state["step"])
@@ -237,18 +239,6 @@ class Trainer:
         self.step, self.seconds, self.epoch_seconds = state["step"], state["seconds"], state["epoch_seconds"]
         self.folder.forget_after(self.step)
         return self.step > 0
-
-    def _require_snapshots(self, step: int) -> None:
-        """Raise RunError unless the manifest has the snapshots of all cycles that end by `step`."""
-        ends = [self.schedule.boundary(cycle) for cycle in range(1, self.schedule.cycles + 1)]
-        saved = {entry.step for entry in self.folder.snapshots()}
-        missing = [number for number, end in enumerate(ends, start=1) if end <= step and end not in saved]
-        if missing:
-            raise RunError(
-                f"{self.folder.path} is at step {step}, but its manifest.json lacks snapshot "
-                f"{', '.join(map(str, missing))}: put a copy of it back, or add --restart to move what is there aside "
-                "and train again from the start"
-            )
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = {f"buffer.{name}": buffer for name, buffer in self.network.named_buffers()}

@@ -208,7 +208,7 @@ def test_a_file_is_no_run(tmp_path, capsys):
 
 
 def test_other_images_than_the_run_s_are_refused(tmp_path, capsys):
-    saved = fingerprints(small_dataset()) | {"test": "0" * 32}
+    saved = fingerprints(small_dataset()) | {"test": "0" * 64}
     folder = small_run(tmp_path / "run", snapshots=1, fingerprints=saved)
     assert main([str(folder.path), "--device", "cpu"]) == 2
     assert "the test images or labels are not those that" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_results_without_their_configuration_are_not_trained_over(
 def test_other_images_or_labels_are_refused_on_resume(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config["fingerprints"].keys() == {"train", "test"}
-    config["fingerprints"]["train"] = "0" * 32
+    config["fingerprints"]["train"] = "0" * 64
     (run / "config.json").write_text(json.dumps(config))
     assert train.main([*SMALL, "--out", str(run)]) == 2
     assert "the training images or labels are not those that" in capsys.readouterr().err
