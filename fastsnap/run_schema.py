@@ -147,9 +147,7 @@ def check(value: Any, kind: type[Schema], place: str) -> Schema:
     except (
         UnicodeEncodeError
     ) as error:  # half a surrogate pair, which JSON can write; msgspec cannot speak of it
-        raise RunError(
-            f"{place} is damaged: it holds {ascii(error.object)}; put back a copy of it"
-        ) from error
+        raise RunError(f"{place} is damaged: it holds {error.object!a}; put back a copy of it") from error
     _check_names(value, kind, place)
     return checked
 
