@@ -1,5 +1,7 @@
 """Results that a slip must not destroy: files of a run that are missing, other images, beginning anew when told to."""
 
+import errno
+import fcntl
 import json
 import shutil
 import signal
@@ -130,6 +132,19 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.C
     assert train.main([*SMALL, "--out", str(tmp_path / "file")]) == 2
     assert "cannot write to the run folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "hello"
+
+
+def test_a_run_on_a_file_system_without_locks_trains_and_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 0
+    assert "has no locks (No locks available)" in capsys.readouterr().out
+    assert weights(tmp_path / "run") == weights(finished)
+    assert not (tmp_path / "run" / ".writer").exists()
 
 
 def test_a_restart_that_is_stopped_says_not_to_restart_again(
