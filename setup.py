@@ -42,6 +42,7 @@ setup(
         "torchvision>=0.24,<0.30",
         "numpy>=1.26,<3",
         "safetensors>=0.4.5,<1",
+        "msgspec>=0.19,<1",
         "rich>=13.7,<16",
         "matplotlib>=3.8,<4",
         "scikit-learn>=1.4,<2",

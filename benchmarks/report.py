@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastsnap.device import choose_precision
-from fastsnap.run_folder import write_atomically
+from fastsnap.run_files import write_atomically
 from harness import figures, tables
 from harness.pages import Section, table_to_markdown, to_html, to_markdown
 from harness.results import Record, latest

@@ -71,7 +71,8 @@ def measure(arguments: list[str]) -> dict[str, Any]:
     """Train as `arguments` say and return what it cost."""
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
-        config = settle(parse_arguments([*arguments, "--out", temporary]))
+        asked, _ = parse_arguments([*arguments, "--out", temporary])
+        config = settle(asked)
         if config.device != "cpu":
             raise ValueError("this benchmark measures on a CPU: add --device cpu")
         torch.set_num_threads(config.threads or torch.get_num_threads())

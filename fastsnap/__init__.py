@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastsnap.kernels.averaging import average_members as average_members
     from fastsnap.kernels.schedule import Schedule as Schedule
+    from fastsnap.snapshot import save_snapshot as save_snapshot
     from fastsnap.training.optim import SnapshotSGD as SnapshotSGD
 
 __version__ = "0.1.0"
@@ -20,8 +21,9 @@ _MODULES = {
     "Schedule": "fastsnap.kernels.schedule",  # the learning rate and the cycle as pure functions of the step
     "SnapshotSGD": "fastsnap.training.optim",  # the fused update as a torch.optim.Optimizer
     "average_members": "fastsnap.kernels.averaging",  # all statistics of an ensemble from its members' logits
+    "save_snapshot": "fastsnap.snapshot",  # a network of any memory layout as a safetensors file
 }
-__all__ = ["Schedule", "SnapshotSGD", "average_members"]
+__all__ = ["Schedule", "SnapshotSGD", "average_members", "save_snapshot"]
 
 
 def __getattr__(name: str) -> Any:

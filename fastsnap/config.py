@@ -166,8 +166,11 @@ def differences(config: TrainConfig, saved: dict[str, Any]) -> dict[str, tuple[A
     return {name: (value, saved.get(name)) for name, value in asked.items() if saved.get(name) != value}
 
 
-def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
-    """The configuration that a command line asks for. Exits as argparse does; raises ValueError for bad values."""
+def parse_arguments(arguments: list[str] | None = None) -> tuple[TrainConfig, bool]:
+    """The configuration that a command line asks for, and whether --restart was given.
+
+    Exits as argparse does; raises ValueError for bad values.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fastsnap.train",
         description="Train a snapshot ensemble: one training run, M snapshots, and a table of what they are worth.",
@@ -185,9 +188,14 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
             metavar="{" + ",".join(choices) + "}" if choices else flag.strip("-").upper().replace("-", "_"),
             help=item.metadata["help"] + _default_text(item),
         )
-    return make_config(
-        **{name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="move what an earlier run left in the run folder to replaced-<date> in it, and train from the start",
     )
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    restart = given.pop("restart")
+    return make_config(**given), restart
 
 
 def _default_text(item: dataclasses.Field) -> str:

@@ -1,6 +1,6 @@
 """Say what the snapshots of a run are worth together: `python -m fastsnap.ensemble_eval --help`.
 
-Writes ensemble.json, error-against-m.png and training.png into the run folder.
+Writes ensemble.json, error-against-m.png and training.png into the run folder, or another.
 """
 
 import argparse
@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from fastsnap import __version__
 from fastsnap.device import DEVICES, PRECISIONS, choose_device
 from fastsnap.ensemble.evaluate import BATCH_SIZE, SPLITS
 from fastsnap.ensemble.report import report_run
 from fastsnap.limits import choose_threads
+from fastsnap.printing import make_console, print_error
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastsnap.ensemble_eval",
         description="Evaluate the snapshots of a run: each alone, and the last m averaged for every m. "
-        "Prints tables and writes ensemble.json, error-against-m.png and training.png into the run folder.",
+        "Prints tables and writes ensemble.json, error-against-m.png and training.png into the run folder. What is "
+        "not of all snapshots on the test images has names that say so, such as ensemble-validation-snapshots-2.json, "
+        "and replaces nothing else.",
         epilog="Columns: top-1 and top-5 error in percent, negative log-likelihood (NLL) in nats, expected "
         "calibration error (ECE, 15 bins) 0 to 1, Brier score 0 to 2; lower is better in every column.",
     )
@@ -58,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         help="also write ensemble.json's content there; -: to standard output, the tables to standard error",
     )
     parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write JSON and plots there, for a run folder that cannot be written to (default: the run folder)",
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=BATCH_SIZE, help=f"images per forward pass (default: {BATCH_SIZE})"
     )
     parser.add_argument(
@@ -68,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default="auto",
         help="of the forward passes, whatever the run was trained in; auto: bf16 where the device has instructions "
-        "for it, else fp32 (default: auto)",
+        "for it, else fp32; another than that of training is part of the files' names (default: auto)",
     )
     parser.add_argument(
         "--threads",
@@ -85,6 +92,8 @@ def _check_json_path(path: str | None) -> None:
     folder = Path(path or "-").parent
     if not folder.is_dir():
         raise ValueError(f"cannot write --json {path}: there is no folder {folder}")
+    if path and Path(path).is_dir():
+        raise ValueError(f"cannot write --json {path}: it is a folder; name a file")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped by {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0
 
@@ -108,8 +117,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     torch.set_num_threads(choose_threads(options.threads).count)
     report_run(
         RunFolder(options.run) if options.run else newest_run(),
-        console=Console(stderr=options.json == "-"),
+        console=make_console(stderr=options.json == "-"),
         json_path=options.json,
+        out=Path(options.out) if options.out else None,
         data=options.data,
         snapshots=options.snapshots,
         split=options.split,

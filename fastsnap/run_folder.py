@@ -12,13 +12,11 @@ crash or a full disk leaves the previous file as it was.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,61 +24,32 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-RUNS = Path("runs")
-# What the evaluation needs of config.json.
-CONFIG_FIELDS = (
-    *("dataset", "data", "net", "shortcut", "cycles", "epochs", "batch_size", "learning_rate", "schedule"),
-    *("seed", "validation", "train_images", "precision"),
+from fastsnap import run_lock, run_schema
+from fastsnap.run_checkpoint import checkpoint_content, read_checkpoint
+from fastsnap.run_files import (
+    RunError,
+    read_bounded,
+    read_regular,
+    remove_temporary,
+    write_atomically,
 )
+from fastsnap.run_schema import MOST_BYTES, SnapshotEntry
+from fastsnap.snapshot import snapshot_content
 
-
-class RunError(ValueError):
-    """A run folder that cannot be used as asked."""
+RUNS = Path("runs")
+CONFIG, MANIFEST, METRICS, CHECKPOINT = (
+    "config.json",
+    "manifest.json",
+    "metrics.jsonl",
+    "checkpoint.safetensors",
+)
+SNAPSHOTS = "snapshots"
+RESULTS = (MANIFEST, CHECKPOINT, METRICS, SNAPSHOTS)  # what training made, and only training can make again
+EVALUATION = ("ensemble*.json", "error-against-m*.png", "training.png")
 
 
 class DamagedSnapshot(RunError):
     """A snapshot whose file is missing or is not the one that was saved."""
-
-
-@dataclass(frozen=True)
-class SnapshotEntry:
-    """A line of the manifest. `number`, `cycle` and `epoch` count from 1; `step` is the number of updates done."""
-
-    number: int
-    file: str
-    sha256: str
-    step: int
-    cycle: int
-    epoch: int
-    learning_rate: float
-    train_loss: float
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, synced to disk. Raises RunError, leaving the old file, when that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        remedy = (
-            "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make the folder writable"
-        )
-        raise RunError(
-            f"cannot save {path}: {error.strerror}; what was saved before is intact. "
-            f"{remedy}, then run the same command again"
-        ) from error
 
 
 class RunFolder:
@@ -88,105 +57,115 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._require_held = _held_by_nobody
 
     # -- reading
 
     def exists(self) -> bool:
         """Whether a run was started here."""
-        return (self.path / "config.json").exists()
+        return self.has(CONFIG)
 
     def config(self) -> dict[str, Any]:
-        """config.json. Raises RunError if it is missing or damaged."""
-        config = self._read_json("config.json")
-        missing = set(CONFIG_FIELDS) - set(config if isinstance(config, dict) else ())
-        if missing:
-            raise RunError(f"{self.path / 'config.json'} is damaged: it lacks {', '.join(sorted(missing))}")
+        """config.json, with all that run_schema.Config asks for. Raises RunError if it is missing or damaged."""
+        content = self._read(CONFIG)
+        if content is None:
+            kind = "it is a file" if self.path.is_file() else f"it has no {CONFIG}"
+            raise RunError(
+                f"{self.path} is not a run folder: {kind}. Name a folder that python -m fastsnap.train made"
+            )
+        config = run_schema.parse(content, str(self.path / CONFIG))
+        run_schema.check_config(config, str(self.path / CONFIG))
         return config
 
     def snapshots(self) -> list[SnapshotEntry]:
-        """The manifest's entries in order; empty before the first snapshot. Raises RunError if it is damaged."""
-        if not (self.path / "manifest.json").exists():
-            return []
-        try:
-            return [SnapshotEntry(**entry) for entry in self._read_json("manifest.json")["snapshots"]]
-        except (TypeError, KeyError) as error:
-            raise RunError(f"{self.path / 'manifest.json'} is damaged: {error}") from error
+        """The manifest's entries in order; empty before the first snapshot.
+
+        Raises RunError if the manifest is damaged, or missing although there are snapshots.
+        """
+        content = self._read(MANIFEST)
+        if content is not None:
+            place = str(self.path / MANIFEST)
+            return run_schema.check_manifest(run_schema.parse(content, place), self.path, place)
+        files = self._snapshot_files()
+        if files:
+            raise RunError(
+                f"{self.path / MANIFEST} is missing, though {SNAPSHOTS}/ holds {len(files)} files: put a copy of it "
+                "back. Without it nobody can tell whether they are what was trained; to train again, moving them "
+                "aside, add --restart to the training command"
+            )
+        return []
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        records = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number < len(lines):
-                    raise RunError(f"{file}, line {number} is not JSON: {error}") from error
-        return records
+        """The lines of metrics.jsonl; a last line that a crash cut short is left out. Raises RunError for others."""
+        return run_schema.check_metrics(self._read(METRICS) or b"", str(self.path / METRICS))
 
     def load_snapshot(self, entry: SnapshotEntry) -> dict[str, Tensor]:
         """The state_dict of a snapshot, on the CPU. Raises DamagedSnapshot if it is not, to the bit, what was saved."""
-        damage = self._damage(entry)
-        if damage:
-            usable = [str(other.number) for other in self.snapshots() if not self._damage(other)]
-            remedy = f"; use the others with --snapshots {','.join(usable)}" if usable else ""
-            raise DamagedSnapshot(f"snapshot {entry.number} ({self.path / entry.file}) {damage}{remedy}")
-        return safetensors.torch.load((self.path / entry.file).read_bytes())
-
-    def _damage(self, entry: SnapshotEntry) -> str | None:
+        content, damage = self._verified(entry)
         try:
-            content = (self.path / entry.file).read_bytes()
+            if content is not None:
+                return safetensors.torch.load(content)
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            damage = f"is no safetensors file ({error})"
+        usable = [str(other.number) for other in self.snapshots() if self._verified(other)[0] is not None]
+        remedy = f"; use the others with --snapshots {','.join(usable)}" if usable else ""
+        raise DamagedSnapshot(f"snapshot {entry.number} ({self.path / entry.file}) {damage}{remedy}")
+
+    def _verified(self, entry: SnapshotEntry) -> tuple[bytes | None, str]:
+        """The content of a snapshot's file; or None, and what is wrong with it."""
+        try:
+            content = read_regular(self.path / entry.file)
         except OSError as error:
-            return f"cannot be read: {error.strerror}"
-        if hashlib.sha256(content).hexdigest() == entry.sha256:
-            return None
-        return "is damaged or was swapped: its SHA-256 is not the manifest's"
+            return None, f"cannot be read: {error.strerror}"
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            return None, "is damaged or was swapped: its SHA-256 is not the manifest's"
+        return content, ""
 
-    def _read_json(self, name: str) -> Any:
-        file = self.path / name
+    def _snapshot_files(self) -> list[Path]:
+        return sorted((self.path / SNAPSHOTS).glob("*.safetensors"))
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file in the folder."""
         try:
-            return json.loads(file.read_text())
-        except FileNotFoundError:
-            raise RunError(f"{self.path} is not a run folder: it has no {name}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise RunError(f"{file} is damaged: {error}") from error
+            return (self.path / name).exists()
+        except OSError as error:
+            raise RunError(f"{self.path / name} cannot be read: {error.strerror}") from error
+
+    def _read(self, name: str) -> bytes | None:
+        return None if self.path.is_file() else read_bounded(self.path / name, MOST_BYTES[name])
 
     # -- writing
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for writing. Raises RunError if another process holds it; a killed process holds nothing."""
+    def locked(self, say: run_lock.Say = run_lock.say_on_standard_error) -> Iterator[None]:
+        """Hold the folder for writing; a killed process holds nothing.
+
+        say  is told in a sentence what the user should know: of a file system without locks, of a run taken over
+        Raises RunError if another process holds it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise RunError(
                 f"cannot write to the run folder {self.path}: {error.strerror}; choose another --out"
             ) from error
-        try:
+        with run_lock.hold(self.path, say) as self._require_held:
+            # Only who holds the folder writes these, so what lies there half-written is of a process that was killed.
+            for name in (CONFIG, MANIFEST, METRICS, CHECKPOINT):
+                remove_temporary(self.path, name)
+            remove_temporary(self.path / SNAPSHOTS, "")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = os.read(lock, 20).decode() or "unknown"
-                raise RunError(
-                    f"{self.path} is being written by process {holder}; "
-                    "wait for it, stop it, or choose another --out"
-                ) from None
-            with contextlib.suppress(OSError):  # a full disk: the number is for the message above only
-                os.truncate(lock, 0)
-                os.write(lock, str(os.getpid()).encode())
-            yield
-        finally:
-            os.close(lock)
+                yield
+            finally:
+                self._require_held = _held_by_nobody
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace the JSON file `name`. Raises ValueError for NaN or infinite values, which are not JSON."""
-        write_atomically(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        self._write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def save_snapshot(
         self,
-        state: dict[str, Tensor],
+        state: Mapping[str, Tensor],
         *,
         step: int,
         cycle: int,
@@ -195,10 +174,10 @@ class RunFolder:
         train_loss: float,
     ) -> SnapshotEntry:
         """Save a network's state_dict as the snapshot of `cycle` (from 1) and enter it in the manifest."""
-        content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in state.items()})
+        content = snapshot_content(state)
         entry = SnapshotEntry(
             number=cycle,
-            file=f"snapshots/snapshot-{cycle:02d}.safetensors",
+            file=f"{SNAPSHOTS}/snapshot-{cycle:02d}.safetensors",
             sha256=hashlib.sha256(content).hexdigest(),
             step=step,
             cycle=cycle,
@@ -206,47 +185,36 @@ class RunFolder:
             learning_rate=learning_rate,
             train_loss=train_loss,
         )
-        write_atomically(self.path / entry.file, content)
-        self._write_manifest([other for other in self.snapshots() if other.number < cycle] + [entry])
+        earlier = [other for other in self.snapshots() if other.number < cycle]
+        if not self.has(MANIFEST):
+            self._write_manifest([])  # from now on, a manifest that is missing was removed
+        self._write(entry.file, content)
+        self._write_manifest([*earlier, entry])
         return entry
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
+        self._require_held()
         try:
-            with (self.path / "metrics.jsonl").open("a") as file:
+            with (self.path / METRICS).open("a") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunError(f"cannot save {self.path / 'metrics.jsonl'}: {error.strerror}") from error
+            raise RunError(
+                f"cannot save {self.path / METRICS}: {error.strerror}; make room, then run the same command again"
+            ) from error
 
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Replace the checkpoint by `tensors` and a small JSON-serialisable `state`."""
-        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        text = json.dumps(state)
-        metadata = {"state": text, "sha256": _checkpoint_hash(tensors, text)}
-        content = safetensors.torch.save(tensors, metadata=metadata)
-        write_atomically(self.path / "checkpoint.safetensors", content)
+        """Replace the checkpoint by `tensors` and a JSON-serialisable `state` (run_schema.CheckpointState)."""
+        self._write(CHECKPOINT, checkpoint_content(tensors, state))
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The checkpoint's tensors, on the CPU, and its state; None if there is none.
 
         Raises RunError if it is damaged.
         """
-        file = self.path / "checkpoint.safetensors"
-        if not file.exists():
-            return None
-        try:
-            with safetensors.safe_open(file, framework="pt") as opened:
-                text, sha256 = (opened.metadata()[name] for name in ("state", "sha256"))
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if _checkpoint_hash(tensors, text) != sha256:
-                raise ValueError("its SHA-256 is not the one that was saved with it")
-            return tensors, json.loads(text)
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{file} is damaged ({error}); remove it to train again from the start, the snapshots stay until then"
-            ) from error
+        return read_checkpoint(self.path / CHECKPOINT) if self.has(CHECKPOINT) else None
 
     def forget_after(self, step: int) -> None:
         """Drop snapshots and metrics later than `step`: a run resumed there makes them again."""
@@ -255,15 +223,19 @@ class RunFolder:
             self._write_manifest(kept)
         records = self.metrics()
         lines = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
-        if (self.path / "metrics.jsonl").exists():
-            write_atomically(self.path / "metrics.jsonl", lines.encode())
+        if self.has(METRICS):
+            self._write(METRICS, lines.encode())
 
     def _write_manifest(self, entries: list[SnapshotEntry]) -> None:
-        self.write_json("manifest.json", {"snapshots": [asdict(entry) for entry in entries]})
+        self.write_json(MANIFEST, {"snapshots": [asdict(entry) for entry in entries]})
+
+    def _write(self, name: str, content: bytes) -> None:
+        self._require_held()
+        write_atomically(self.path / name, content)
 
 
-def _checkpoint_hash(tensors: dict[str, Tensor], state: str) -> str:
-    return hashlib.sha256(safetensors.torch.save(tensors) + state.encode()).hexdigest()
+def _held_by_nobody() -> None:
+    """Nothing to check while nobody holds the folder: evaluations write what they alone write."""
 
 
 def newest_run(root: str | os.PathLike[str] = RUNS) -> RunFolder:
@@ -278,8 +250,4 @@ def newest_run(root: str | os.PathLike[str] = RUNS) -> RunFolder:
 
 
 def _last_written(folder: Path) -> float:
-    return max(
-        (folder / name).stat().st_mtime
-        for name in ("config.json", "manifest.json")
-        if (folder / name).exists()
-    )
+    return max((folder / name).stat().st_mtime for name in (CONFIG, MANIFEST) if (folder / name).exists())

@@ -17,13 +17,16 @@ from rich.console import Console
 from fastsnap import __version__
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.datasets import Dataset, load_dataset
+from fastsnap.data.fingerprint import fingerprints, image_sets, require_same_images
 from fastsnap.data.pipeline import choose_loader, make_pipeline
 from fastsnap.device import choose_device, choose_precision
 from fastsnap.ensemble.report import report_run
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.limits import choose_threads
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
+from fastsnap.printing import make_console, print_error, print_line
 from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.run_state import require_config, set_aside
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.step import TrainStep, choose_compile
@@ -94,17 +97,18 @@ def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, precision=begun) if config.precision == "auto" and begun else config
 
 
-def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
+def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tuple[RunFolder, Dataset]:
     """Train, or go on training, what `config` describes; returns the run folder and the data set.
 
+    restart  begin anew, whatever the run folder holds: that is moved to a folder in it
     Raises ValueError for anything that cannot be done as asked, TrainingStopped after SIGTERM or Ctrl-C.
     """
     asked, folder = config, RunFolder(config.out)
-    if folder.exists():
+    if folder.exists() and not restart:
         config = as_begun(config, folder.config())
     config = settle(config)
     torch.set_num_threads(config.threads or 1)
-    if folder.exists():
+    if not restart:
         _require_same(config, folder)
     dataset = load_dataset(
         config.dataset,
@@ -113,22 +117,25 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
         train_images=config.train_images,
         seed=config.seed,
     )
-    with folder.locked():
-        if folder.exists():  # a process that held the lock until now may have made it
-            _require_same(config, folder)
+    with folder.locked(lambda text: print_line(console, text)):
+        if restart:
+            moved = set_aside(folder)
+            if moved:
+                print_line(console, f"restart: what was there is now in {moved}")
+        _require_same(config, folder)  # a process that held the lock until now may have made it
+        if folder.exists():
+            require_same_images(image_sets(dataset), folder.config(), str(folder.path))
         trainer = build_trainer(config, dataset, folder)
         _print_summary(console, asked, config, dataset, trainer)
         if not folder.exists():
             folder.write_json("config.json", describe(config, dataset))
         resumed = trainer.resume()
         if trainer.step == trainer.schedule.steps:
-            console.print(f"this run is finished: {folder.path}", highlight=False)
+            print_line(console, f"this run is finished: {folder.path}")
             return folder, dataset
         if resumed:
             epoch = trainer.step // trainer.pipeline.steps_per_epoch
-            console.print(
-                f"going on after step {trainer.step:,} (epoch {epoch:,} done): {folder.path}", highlight=False
-            )
+            print_line(console, f"going on after step {trainer.step:,} (epoch {epoch:,} done): {folder.path}")
             _print_changes(console, folder.config())
         with ProgressDisplay(console, trainer.step, trainer.schedule.steps) as display:
             trainer.run(display)
@@ -136,14 +143,16 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
 
 
 def _require_same(config: TrainConfig, folder: RunFolder) -> None:
-    different = differences(config, folder.config())
+    """Raise RunError if `folder` holds another run, or one that has lost its configuration."""
+    require_config(folder)
+    different = differences(config, folder.config()) if folder.exists() else {}
     if different:
         fields = "; ".join(
             f"{name}: {asked} asked for, {saved} there" for name, (asked, saved) in different.items()
         )
         raise RunError(
             f"{folder.path} holds a run of another configuration ({fields}). Choose another --out (make: OUT=...), "
-            "or give the same values to go on with it"
+            "give the same values to go on with it, or add --restart to move it aside"
         )
 
 
@@ -152,11 +161,10 @@ def _print_changes(console: Console, began: dict[str, Any]) -> None:
     then = (began.get("threads"), began.get("versions", {}).get("torch"))
     now = (torch.get_num_threads(), torch.__version__)
     if then != now:
-        console.print(
+        print_line(
+            console,
             f"note: this run began with {then[0]} threads and torch {then[1]}, and goes on with {now[0]} and {now[1]}: "
             "the snapshots can differ in their last bits from those of an uninterrupted run",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
@@ -167,6 +175,7 @@ def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
         images["validation"] = len(dataset.validation.labels)
     return dataclasses.asdict(config) | {
         "images": images,
+        "fingerprints": fingerprints(dataset),
         "classes": len(dataset.classes),
         "data_source": dataset.source,
         "versions": {
@@ -214,17 +223,18 @@ def _print_summary(
         "run": f"{trainer.folder.path}, seed {config.seed}",
     }
     for name, text in rows.items():
-        console.print(f"{name:9s} {text}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"{name:9s} {text}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one."""
-    console = Console()
+    console = make_console()
+    restart = False
     keep_freed_memory()
     try:
         with stop_signals_raised():
-            config = parse_arguments(arguments)
-            folder, dataset = train(config, console)
+            config, restart = parse_arguments(arguments)
+            folder, dataset = train(config, console, restart=restart)
             report_run(
                 folder,
                 dataset=dataset,
@@ -233,10 +243,11 @@ def main(arguments: list[str] | None = None) -> int:
                 console=console,
             )
     except TrainingStopped as stopped:
-        console.print(f"stopped by {stopped}. Run the same command again to go on", highlight=False)
+        command = "same command again, without --restart," if restart else "same command again"
+        print_line(console, f"stopped by {stopped}. Run the {command} to go on")
         return 128 + stopped.signal_number
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0
 

@@ -33,8 +33,8 @@ def test_the_library_s_names_come_when_they_are_used_and_the_package_alone_bring
     code = """
 import sys, fastsnap
 assert "torch" not in sys.modules
-assert {"Schedule", "SnapshotSGD", "average_members"} <= set(dir(fastsnap))
-from fastsnap import Schedule, SnapshotSGD, average_members
+assert {"Schedule", "SnapshotSGD", "average_members", "save_snapshot"} <= set(dir(fastsnap))
+from fastsnap import Schedule, SnapshotSGD, average_members, save_snapshot
 assert Schedule("snapshot", 10, 2, 0.1).rate(0) == 0.1
 assert not {"torchvision", "matplotlib", "sklearn", "rich", "nvidia.dali"} & set(sys.modules)
 try:

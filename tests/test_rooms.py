@@ -17,7 +17,18 @@ ROOMS = (
     ("training",),
     ("data",),
     ("nets",),
-    ("run_folder", "device", "limits"),
+    (
+        "run_state",
+        "run_folder",
+        "run_checkpoint",
+        "run_schema",
+        "run_lock",
+        "run_files",
+        "snapshot",
+        "printing",
+        "device",
+        "limits",
+    ),
     ("kernels",),
 )
 HEIGHT = {room: -index for index, rooms in enumerate(ROOMS) for room in rooms}

@@ -12,7 +12,9 @@ import safetensors.torch
 import torch
 
 from fastsnap.nets.resnet import build_network
-from fastsnap.run_folder import DamagedSnapshot, RunError, RunFolder, newest_run, write_atomically
+from fastsnap.run_files import RunError, write_atomically
+from fastsnap.run_folder import DamagedSnapshot, RunFolder, newest_run
+from fastsnap.run_state import is_finished, set_aside
 
 
 def save(
@@ -97,7 +99,7 @@ def test_a_damaged_manifest_is_named(folder: RunFolder, content: str) -> None:
 
 def test_a_checkpoint_comes_back_to_the_bit(folder: RunFolder) -> None:
     tensors = {"parameters": torch.randn(100), "totals": torch.tensor([1.5, math.pi], dtype=torch.float64)}
-    state = {"step": 7, "seconds": 0.1 + 0.2, "scaler": {}}
+    state = {"step": 7, "steps": 9, "seconds": 0.1 + 0.2, "epoch_seconds": 0.1, "scaler": {"scale": 65536.0}}
     assert folder.load_checkpoint() is None
     folder.save_checkpoint(tensors, state)
     loaded = folder.load_checkpoint()
@@ -162,6 +164,72 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) ->
     assert str(path) in message
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\u4e00" * 85])
+def test_names_as_long_as_a_file_system_has_are_written(tmp_path: Path, name: str) -> None:
+    write_atomically(tmp_path / name, b"content")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def write_often(path: Path, letter: str, outcome) -> None:
+    try:
+        for _ in range(200):
+            write_atomically(path, letter.encode() * 100_000)
+        outcome.put("")
+    except RunError as error:
+        outcome.put(str(error))
+
+
+def test_three_processes_write_one_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "ensemble.json"
+    context = multiprocessing.get_context("spawn")
+    outcome = context.Queue()
+    processes = [context.Process(target=write_often, args=(path, letter, outcome)) for letter in "abc"]
+    for process in processes:
+        process.start()
+    assert [outcome.get(timeout=300) for _ in processes] == [""] * 3
+    for process in processes:
+        process.join()
+    content = path.read_bytes()
+    assert content == content[:1] * 100_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_half_written_is_removed_by_the_next(folder: RunFolder) -> None:
+    save(folder, 1)
+    names = (".checkpoint.safetensors.7-aa.tmp", "snapshots/.snapshot-02.safetensors.7-bb.tmp", ".notes.tmp")
+    for name in names:
+        (folder.path / name).write_bytes(b"half")
+    with folder.locked():
+        left = [name for name in names if (folder.path / name).exists()]
+    assert left == [".notes.tmp"]
+    assert len(folder.snapshots()) == 1
+
+
+def test_a_manifest_that_was_removed_is_told_from_one_never_written(folder: RunFolder) -> None:
+    assert folder.snapshots() == []
+    save(folder, 1)
+    (folder.path / "manifest.json").unlink()
+    for ask in (folder.snapshots, lambda: is_finished(folder, 10), lambda: save(folder, 2)):
+        with pytest.raises(
+            RunError, match=r"manifest\.json is missing, though snapshots/ holds 1 files.*--restart"
+        ):
+            ask()
+
+
+def test_setting_aside_moves_what_a_run_left_and_nothing_else(folder: RunFolder) -> None:
+    save(folder, 1)
+    for name in ("ensemble-validation.json", "training.png", "notes.txt"):
+        (folder.path / name).write_text("x")
+    moved = [set_aside(folder)]
+    assert {file.name for file in folder.path.iterdir()} == {"notes.txt", moved[0].name}
+    assert len(RunFolder(moved[0]).snapshots()) == 1
+    assert set_aside(folder) is None
+    save(folder, 2)
+    moved.append(set_aside(folder))
+    assert RunFolder(moved[1]).snapshots()[0].number == 2
+    assert RunFolder(moved[0]).snapshots()[0].number == 1
 
 
 def hold(path: Path, held, release) -> None:

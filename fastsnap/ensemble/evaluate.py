@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsnap.data.archives import DataError
 from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
+from fastsnap.data.fingerprint import require_same_images
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
 from fastsnap.device import AUTOCAST_DTYPES, Precision, choose_device, choose_precision
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, build_network
-from fastsnap.run_folder import RunError, RunFolder, SnapshotEntry
+from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.run_schema import SnapshotEntry, check_plan
 
 SPLITS = ("test", "validation")
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
@@ -105,15 +108,18 @@ def evaluate_run(
     on_member   called before each member's forward passes
 
     Raises RunError (a ValueError) for a run without snapshots or that split, and for snapshots that do not
-    exist, are damaged, do not fit the net or give NaN; DataError (a ValueError) for missing data.
+    exist, are damaged, do not fit the net or give NaN; DataError (a ValueError) for missing data and for images or
+    labels that are not those that the run had.
     """
     config = folder.config()
     entries = choose_snapshots(folder, snapshots)
-    dataset = dataset or _load_data(config, data)
+    check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
+    dataset = dataset or _load_data(config, data, folder)
     image_set = _choose_split(dataset, split, folder)
+    require_same_images({split: image_set}, config, str(folder.path))
     device = device or choose_device("auto")
     computed = _evaluation_precision(precision, device)
-    network = _build_network(config, dataset).to(memory_format=torch.channels_last).to(device)
+    network = _build_network(config, dataset, folder).to(memory_format=torch.channels_last).to(device)
     pipeline = make_pipeline(
         image_set,
         batch_size=batch_size,
@@ -167,14 +173,23 @@ def choose_snapshots(folder: RunFolder, numbers: Sequence[int] | None) -> list[S
     return [entry for entry in entries if entry.number in numbers]
 
 
-def _load_data(config: dict[str, Any], data: str | None) -> Dataset:
-    return load_dataset(
-        config["dataset"],
-        data or config["data"],
-        validation=config["validation"],
-        train_images=config["train_images"],
-        seed=config["seed"],
-    )
+def _load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Dataset:
+    try:
+        return load_dataset(
+            config["dataset"],
+            data or config["data"],
+            validation=config["validation"],
+            train_images=config["train_images"],
+            seed=config["seed"],
+        )
+    except DataError:
+        raise
+    except ValueError as error:
+        raise _damaged_config(folder, error) from error
+
+
+def _damaged_config(folder: RunFolder, error: ValueError) -> RunError:
+    return RunError(f"{folder.path / 'config.json'} is damaged: {error}; put back a copy of it")
 
 
 def _choose_split(dataset: Dataset, split: str, folder: RunFolder) -> ImageSet:
@@ -196,14 +211,17 @@ def _evaluation_precision(asked: str, device: torch.device) -> Precision:
     return choose_precision(asked, device)
 
 
-def _build_network(config: dict[str, Any], dataset: Dataset) -> nn.Module:
-    return build_network(
-        config["net"],
-        classes=len(dataset.classes),
-        in_channels=dataset.test.images.shape[3],
-        shortcut=config["shortcut"],
-        operations=KERNEL_OPERATIONS,
-    )
+def _build_network(config: dict[str, Any], dataset: Dataset, folder: RunFolder) -> nn.Module:
+    try:
+        return build_network(
+            config["net"],
+            classes=len(dataset.classes),
+            in_channels=dataset.test.images.shape[3],
+            shortcut=config["shortcut"],
+            operations=KERNEL_OPERATIONS,
+        )
+    except ValueError as error:
+        raise _damaged_config(folder, error) from error
 
 
 @torch.inference_mode()
@@ -248,5 +266,5 @@ def _load_member(network: nn.Module, folder: RunFolder, entry: SnapshotEntry) ->
     except RuntimeError as error:
         raise RunError(
             f"snapshot {entry.number} ({entry.file}) does not fit the net of "
-            f"{folder.path / 'config.json'}: {error}"
+            f"{folder.path / 'config.json'}: {' '.join(str(error).split())}"
         ) from error

@@ -2,23 +2,30 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.run_folder import RunFolder, SnapshotEntry, write_atomically
+from fastsnap.printing import escaped, literal
+from fastsnap.run_files import write_atomically
+from fastsnap.run_folder import RunFolder
+from fastsnap.run_schema import SnapshotEntry
 
 DOTS_PER_INCH = 160
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 RATE_POINTS = 2000  # finer than the picture's pixels
 LOG_SCALE_FROM = 20.0  # ratio of the largest to the smallest loss
+TITLE_WIDTH = 80  # characters that fit above a figure
+LONG_TITLE_SIZE = 8  # points, of a title of several lines: the widest letters fit, too
 MOST_LABELS, MOST_WORDS = 15, 6  # snapshots that can be numbered, and called "snapshot 1", without crowding
 
 
@@ -44,8 +51,9 @@ def error_figure(report: Report) -> Figure:
     alone.set(xlabel="snapshot", ylabel="top-1 error (%)", title="each alone")
     together.set(xlabel="m, number of snapshots averaged", title="averaged")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(
-        f"{report.run}: error of {report.net} on {report.dataset} {report.split}, {report.images:,} images"
+    _name(
+        figure,
+        f"{report.run}: error of {report.net} on {report.dataset} {report.split}, {report.images:,} images",
     )
     return figure
 
@@ -72,7 +80,7 @@ def training_figure(
         times, [*rates, rates[-1]], color=BLUE, drawstyle="steps-post"
     )  # a rate holds for its whole update
     rate.set(ylabel="learning rate", ylim=(0, None))
-    figure.suptitle(title)
+    _name(figure, title)
     losses = [record["train_loss"] for record in epochs]
     positions = [record["step"] / updates_per_epoch for record in epochs]
     loss.plot(positions, losses, "o-" if len(losses) < 60 else "-", color=ORANGE, markersize=4)
@@ -103,6 +111,19 @@ def _mark_snapshots(
             )
 
 
+def _name(figure: Figure, title: str) -> None:
+    """Put `title`, which holds names of the user's, above the figure: as it is, in as many lines as it needs."""
+    font = get_font(findfont(FontProperties()))
+    shown = "".join(
+        character if font.get_char_index(ord(character)) else escaped(character)
+        for character in literal(title)
+    )
+    lines = textwrap.wrap(shown, TITLE_WIDTH)
+    # $x$ is a formula to matplotlib otherwise, and to TeX, where the user's settings ask for that, far more is.
+    size = LONG_TITLE_SIZE if len(lines) > 1 else None
+    figure.suptitle("\n".join(lines), parse_math=False, usetex=False, fontsize=size)
+
+
 def _tidy(axes: Axes) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -115,13 +136,15 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def save_plots(folder: RunFolder, report: Report) -> None:
-    """Write error-against-m.png and training.png into `folder`."""
-    save(error_figure(report), folder.path / "error-against-m.png")
+def save_plots(folder: RunFolder, report: Report, out: Path, suffix: str = "") -> list[str]:
+    """Write error-against-m<suffix>.png and training.png into the folder `out`, and return their names."""
+    names = [f"error-against-m{suffix}.png", "training.png"]
+    save(error_figure(report), out / names[0])
     config = folder.config()
     updates_per_epoch = math.ceil(config["images"]["train"] / config["batch_size"])
     steps = config["epochs"] * updates_per_epoch
     schedule = Schedule(config["schedule"], steps, config["cycles"], config["learning_rate"])
     title = f"{report.run}: learning rate and training loss, {report.net} on {report.dataset}"
     figure = training_figure(title, schedule, updates_per_epoch, folder.metrics(), folder.snapshots())
-    save(figure, folder.path / "training.png")
+    save(figure, out / names[1])
+    return names

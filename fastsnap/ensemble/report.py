@@ -1,7 +1,14 @@
-"""Evaluating a run from end to end: the figures, the tables on a console, and the files in the run folder."""
+"""Evaluating a run from end to end: the figures, the files that keep them, and the tables on a console.
 
+`ensemble.json` is of all snapshots, on the test images, in the precision that suits the device. Whatever else is asked
+for goes to files whose names say what it is: `ensemble-validation-snapshots-1-3.json`. None replaces another's result.
+"""
+
+import hashlib
 import json
+import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +16,91 @@ from rich.console import Console
 
 from fastsnap.ensemble.evaluate import Report, evaluate_run
 from fastsnap.ensemble.plots import save_plots
-from fastsnap.ensemble.tables import print_line, print_report
+from fastsnap.ensemble.tables import print_report, ranges
+from fastsnap.printing import print_line
+from fastsnap.run_files import RunError, require_writable, write_atomically
 from fastsnap.run_folder import RunFolder
+
+LONGEST_SUFFIX = 100  # characters; a file's name has room for 255
 
 
 def report_run(
-    folder: RunFolder, *, console: Console, json_path: str | None = None, **options: Any
+    folder: RunFolder,
+    *,
+    console: Console,
+    json_path: str | None = None,
+    out: Path | None = None,
+    precision: str = "auto",
+    **options: Any,
 ) -> Report:
-    """Evaluate the run in `folder`, print the tables on `console`, and save ensemble.json and the plots.
+    """Evaluate the run in `folder`, save its JSON and plots, and print the tables on `console`.
 
-    json_path  write ensemble.json's content there as well, "-" for standard output
-    options    those of evaluate_run
-    Raises ValueError for what evaluate_run cannot do and for a folder that cannot be written to.
+    json_path  write the JSON there as well, "-" for standard output
+    out        folder for JSON and plots; default: the run's
+    precision  and options: those of evaluate_run
+    Raises ValueError for what evaluate_run cannot do, for a folder that cannot be written to, before evaluating, and
+    for files that cannot be saved after all: the tables are printed then, too.
     """
-    with console.status("reading the data") as status:
+    out = out or folder.path
+    folder.config()  # no run at all is a worse fault than a folder that cannot be written to
+    require_writable(out)
+    with console.status("reading the data", spinner="line") as status:
         report = evaluate_run(
-            folder, on_member=lambda entry: status.update(f"evaluating snapshot {entry.number}"), **options
+            folder,
+            on_member=lambda entry: status.update(f"evaluating snapshot {entry.number}"),
+            precision=precision,
+            **options,
         )
+    # Saved first: whatever happens to a terminal or a pipe, the result of minutes is there.
+    failure = None
+    try:
+        saved = _save(report, folder, out, file_suffix(report, precision))
+        if json_path and json_path != "-":
+            _write_json(Path(json_path), report)
+    except RunError as error:
+        failure = error
+    if json_path == "-":
+        sys.stdout.write(_as_text(report))
     print_report(report, console)
-    if json_path:  # first: the run folder may be read-only
-        _write_json(report, json_path)
-    folder.write_json("ensemble.json", report.as_json())
-    save_plots(folder, report)
-    print_line(console, f"saved ensemble.json, error-against-m.png and training.png in {folder.path}")
+    if failure:
+        raise failure
+    print_line(console, f"saved {', '.join(saved[:-1])} and {saved[-1]} in {out}")
     return report
 
 
-def _write_json(report: Report, path: str) -> None:
-    content = json.dumps(report.as_json(), indent=2) + "\n"
-    if path == "-":
-        sys.stdout.write(content)
-        return
+def file_suffix(report: Report, asked_precision: str) -> str:
+    """What the names of an evaluation's files have before their end: nothing for all snapshots on the test images.
+
+    asked_precision  "auto", or what was asked for: that of training is nothing special, another is
+    """
+    suffix = "" if report.split == "test" else f"-{report.split}"
+    numbers = [entry.number for entry in report.snapshots]
+    if len(numbers) < report.saved:
+        suffix += f"-snapshots-{ranges(numbers).replace(' ', '')}"
+    if asked_precision not in ("auto", report.trained_precision):
+        suffix += f"-{asked_precision}"
+    if len(suffix) > LONGEST_SUFFIX:
+        digest = hashlib.blake2b(suffix.encode(), digest_size=6).hexdigest()
+        suffix = f"{suffix[: LONGEST_SUFFIX - len(digest) - 1]}-{digest}"
+    return suffix
+
+
+def _save(report: Report, folder: RunFolder, out: Path, suffix: str) -> Sequence[str]:
+    name = f"ensemble{suffix}.json"
+    write_atomically(out / name, _as_text(report).encode())
+    return [name, *save_plots(folder, report, out, suffix)]
+
+
+def _write_json(path: Path, report: Report) -> None:
+    """Write ensemble.json's content at `path`. Raises RunError if that fails."""
     try:
-        Path(path).write_text(content)
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            path.write_text(_as_text(report))  # a pipe or a device, which nothing can take the place of
+            return
     except OSError as error:
-        raise ValueError(f"cannot write --json {path}: {error.strerror}") from error
+        raise RunError(f"cannot write --json {path}: {error.strerror}") from error
+    write_atomically(path, _as_text(report).encode())
+
+
+def _as_text(report: Report) -> str:
+    return json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n"

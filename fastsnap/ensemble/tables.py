@@ -6,6 +6,7 @@ from rich.table import Table
 
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.metrics import Metrics
+from fastsnap.printing import print_line
 
 WIDEST_TABLE = (
     200  # characters; terminals and files that are narrower than a table get whole lines, no cut cells
@@ -15,18 +16,22 @@ METRIC_COLUMNS = ("error %", "top-5 %", "NLL", "ECE", "Brier")
 
 def print_report(report: Report, console: Console) -> None:
     """What was evaluated, the tables, and a sentence that sums them up."""
-    print_line(
-        console,
-        f"\n{report.run}: {report.net} on {report.dataset} {report.split}, {report.images:,} images "
-        f"({report.device}, {report.precision}, {report.seconds:.1f} s)\n",
-    )
+    paragraphs = [
+        f"{report.run}: {report.net} on {report.dataset} {report.split}, {report.images:,} images "
+        f"({report.device}, {report.precision}, {report.seconds:.1f} s)"
+    ]
     if report.precision != report.trained_precision:
-        text = f"Evaluated in {report.precision} ({report.precision_reason}), trained in {report.trained_precision}.\n"
-        print_line(console, text)
-    if report.saved < report.planned:
-        print_line(
-            console, f"The run is not finished: {report.saved} of its {report.planned} snapshots are saved.\n"
+        paragraphs.append(
+            f"Evaluated in {report.precision} ({report.precision_reason}), trained in {report.trained_precision}."
         )
+    if report.saved < report.planned:
+        paragraphs.append(
+            f"The run is not finished: {report.saved} of its {report.planned} snapshots are saved."
+        )
+    console.print()
+    for text in paragraphs:
+        print_line(console, text)
+        console.print()
     for table in (_members_table(report), _last_m_table(report)):
         table.width = console.measure(table, options=console.options.update(width=WIDEST_TABLE)).maximum
         console.print(table, crop=False)
@@ -35,10 +40,6 @@ def print_report(report: Report, console: Console) -> None:
     advice = _advice(report)
     if advice:
         print_line(console, advice)
-
-
-def print_line(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _members_table(report: Report) -> Table:
@@ -53,7 +54,7 @@ def _last_m_table(report: Report) -> Table:
     table = _table("The last m averaged", "m", "snapshots")
     numbers = [entry.number for entry in report.snapshots]
     for m, metrics in enumerate(report.metrics.last_m, start=1):
-        table.add_row(f"{m}", _ranges(numbers[-m:]), *_cells(metrics))
+        table.add_row(f"{m}", ranges(numbers[-m:]), *_cells(metrics))
     return table
 
 
@@ -76,7 +77,7 @@ def _cells(metrics: Metrics) -> tuple[str, ...]:
     return (*percents, f"{metrics.nll:.4f}", f"{metrics.ece:.4f}", f"{metrics.brier:.4f}")
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """[1, 2, 3, 5] -> "1-3, 5"."""
     starts = [number for number in numbers if number - 1 not in numbers]
     ends = [number for number in numbers if number + 1 not in numbers]

@@ -9,6 +9,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from fastsnap.printing import print_line
+
 LINE_SECONDS = 5.0  # least time between two lines in a file, so that short epochs do not flood it
 SILENCE_SECONDS = 60.0  # longest time without a line, so that long epochs show that they go on
 
@@ -91,4 +93,4 @@ class ProgressDisplay:
 
     def message(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self.console, text)

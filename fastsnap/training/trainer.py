@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastsnap.data.plan import Pipeline
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.run_state import is_finished, require_nothing_trained, require_snapshots
 from fastsnap.training.apex import ApexSGD
 from fastsnap.training.optim import SnapshotSGD
 from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
@@ -60,6 +61,7 @@ class Trainer:
         self.pipeline, self.schedule, self.images, self.folder = pipeline, schedule, images, folder
         self.step = 0  # updates done
         self.seconds = 0.0  # spent training until the current session
+        self._session_start = self._epoch_start = time.perf_counter()
         self.epoch_seconds = 0.0  # of them, in the current epoch
 
     # -- the loop
@@ -203,10 +205,23 @@ class Trainer:
         self._checkpoint_time = time.perf_counter()
 
     def resume(self) -> bool:
-        """Go to the folder's checkpoint, if it has one. Raises RunError for one that does not fit this run."""
+        """Go to where the run in the folder is; False at its beginning, where it gets its first checkpoint.
+
+        Of a finished run only `step` is set: its networks are the snapshots, and it needs no checkpoint.
+        Raises RunError for a checkpoint that does not fit this run, and for results that are incomplete: none is
+        trained again unasked.
+        """
+        ends = [self.schedule.boundary(cycle) for cycle in range(1, self.schedule.cycles + 1)]
+        if is_finished(self.folder, self.schedule.steps):
+            require_snapshots(self.folder, ends, self.schedule.steps)
+            self.step = self.schedule.steps
+            return True
         checkpoint = self.folder.load_checkpoint()
         if checkpoint is None:
+            require_nothing_trained(self.folder)
             self.folder.forget_after(0)
+            # So a checkpoint that is missing later was removed.
+            self.save_checkpoint()
             return False
         tensors, state = checkpoint
         own = self._tensors()
@@ -216,13 +231,14 @@ class Trainer:
             raise RunError(
                 f"the checkpoint in {self.folder.path} is of another network, data set or version; choose another --out"
             )
+        require_snapshots(self.folder, ends, state["step"])
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         self.optimizer.seek(state["step"])
         self.train_step.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.epoch_seconds = state["step"], state["seconds"], state["epoch_seconds"]
         self.folder.forget_after(self.step)
-        return True
+        return self.step > 0
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = {f"buffer.{name}": buffer for name, buffer in self.network.named_buffers()}

@@ -4,15 +4,18 @@ import dataclasses
 import io
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 from small_run import small_dataset, small_run
 
+from fastsnap.data.fingerprint import fingerprints
 from fastsnap.ensemble.evaluate import Report, evaluate_run
 from fastsnap.ensemble.metrics import Difference
-from fastsnap.ensemble.report import report_run
+from fastsnap.ensemble.report import file_suffix, report_run
 from fastsnap.ensemble.tables import print_report, summary
 from fastsnap.ensemble_eval import main
 
@@ -24,6 +27,14 @@ WRITTEN = {"ensemble.json", "error-against-m.png", "training.png"}
 def report(tmp_path_factory) -> Report:
     folder = small_run(tmp_path_factory.mktemp("runs") / "digits-run", snapshots=3)
     return evaluate_run(folder, dataset=small_dataset(), device=CPU, precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """The command line sets the process's threads; here, other tests follow in it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def printed(report: Report, width: int = 80) -> str:
@@ -79,7 +90,7 @@ def test_json_to_standard_output_is_alone_there(tmp_path, capsys):
     )
     out, err = capsys.readouterr()
     content = json.loads(out)
-    assert content == json.loads((folder.path / "ensemble.json").read_text())
+    assert content == json.loads((folder.path / "ensemble-validation-snapshots-2.json").read_text())
     assert [member["snapshot"] for member in content["members"]] == [2]
     assert (content["split"], content["images"]) == ("validation", 100)
     assert "Each snapshot alone" in err
@@ -99,13 +110,109 @@ def test_json_to_a_file(tmp_path, capsys):
     assert out == ""  # said before the evaluation
 
 
-def test_a_run_that_cannot_be_written_to_still_gives_its_json(tmp_path, capsys):
+def test_what_cannot_be_saved_after_all_is_printed_and_is_an_error(tmp_path, capsys):
     folder = small_run(tmp_path / "run", snapshots=1)
     (folder.path / "ensemble.json").mkdir()
     assert main([str(folder.path), "--json", "-", "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["run"] == "run"
+    assert "Each snapshot alone" in err
     assert "error: cannot save" in err
+
+
+def run_process(*arguments, **environment):
+    command = [sys.executable, "-m", "fastsnap.ensemble_eval", *arguments, "--device", "cpu"]
+    if os.geteuid() == 0:  # who may write everywhere would not notice a folder that is read-only
+        command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment
+    )
+
+
+def test_a_read_only_run_is_evaluated_into_another_folder_and_refused_before_without(tmp_path):
+    folder = small_run(tmp_path / "run", snapshots=2)
+    folder.path.chmod(0o555)
+    process = run_process(str(folder.path), "--json", "-")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, b"")
+    assert (
+        f"error: cannot write to {folder.path}: Permission denied; choose another folder with --out"
+        in err.decode()
+    )
+    process = run_process(str(folder.path), "--out", str(tmp_path / "elsewhere" / "results"))
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert {file.name for file in (tmp_path / "elsewhere" / "results").iterdir()} == WRITTEN
+    assert not WRITTEN & {file.name for file in folder.path.iterdir()}
+    folder.path.chmod(0o755)
+
+
+def test_three_evaluations_of_one_run_at_once(tmp_path):
+    folder = small_run(tmp_path / "run", snapshots=2)
+    processes = [run_process(str(folder.path)) for _ in range(3)]
+    results = [(*process.communicate(), process.returncode) for process in processes]
+    assert [(err, status) for _, err, status in results] == [(b"", 0)] * 3
+    assert json.loads((folder.path / "ensemble.json").read_text())["last_m"]
+    assert not list(folder.path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_stream_that_is_not_utf_8_loses_no_result_and_a_file_gets_no_codes(tmp_path, encoding):
+    folder = small_run(tmp_path / "run \x1b[31m[red]$x_{$ ü\u4e00", snapshots=2)
+    process = run_process(str(folder.path), PYTHONIOENCODING=encoding, FORCE_COLOR="1")
+    out, err = process.communicate()
+    text = out.decode(encoding)
+    assert (process.returncode, err) == (0, b"")
+    assert r"run \x1b[31m[red]$x_{$ " in text
+    assert "\x1b" not in text
+    assert "points" in text or "the same as the last one" in text
+    assert {file.name for file in folder.path.iterdir()} >= WRITTEN
+
+
+def test_what_is_not_the_whole_evaluation_replaces_nothing(tmp_path, capsys):
+    folder = small_run(tmp_path / "run", snapshots=3)
+    common = [str(folder.path), "--device", "cpu"]
+    assert main(common) == 0
+    whole = {name: (folder.path / name).read_bytes() for name in WRITTEN}
+    for arguments, suffix in (
+        (["--snapshots", "2"], "-snapshots-2"),
+        (["--snapshots", "1,3", "--split", "validation"], "-validation-snapshots-1,3"),
+        (["--split", "validation"], "-validation"),
+        (["--precision", "bf16"], "-bf16"),
+    ):
+        capsys.readouterr()
+        assert main([*common, *arguments]) == 0
+        names = [f"ensemble{suffix}.json", f"error-against-m{suffix}.png", "training.png"]
+        assert f"saved {names[0]}, {names[1]} and {names[2]} in {folder.path}" in capsys.readouterr().out
+        assert all((folder.path / name).exists() for name in names)
+        assert {name: (folder.path / name).read_bytes() for name in WRITTEN} == whole
+    assert main([*common, "--snapshots", "3,2,1", "--precision", "fp32"]) == 0  # all, in training's precision
+    assert (folder.path / "ensemble.json").read_bytes() != whole["ensemble.json"]  # its seconds
+
+
+def test_many_snapshots_make_no_name_that_is_too_long(report):
+    entries = tuple(dataclasses.replace(report.snapshots[0], number=2 * n) for n in range(1, 200))
+    suffixes = {
+        file_suffix(dataclasses.replace(report, snapshots=chosen, saved=500), "auto")
+        for chosen in (entries, entries[:-1])
+    }
+    assert len(suffixes) == 2
+    assert max(len(suffix) for suffix in suffixes) <= 100
+
+
+def test_a_file_is_no_run(tmp_path, capsys):
+    file = tmp_path / "README.md"
+    file.write_text("hello")
+    assert main([str(file), "--device", "cpu"]) == 2
+    assert f"error: {file} is not a run folder: it is a file" in capsys.readouterr().err
+
+
+def test_other_images_than_the_run_s_are_refused(tmp_path, capsys):
+    saved = fingerprints(small_dataset()) | {"test": "0" * 64}
+    folder = small_run(tmp_path / "run", snapshots=1, fingerprints=saved)
+    assert main([str(folder.path), "--device", "cpu"]) == 2
+    assert "the test images or labels are not those that" in capsys.readouterr().err
+    assert main([str(folder.path), "--device", "cpu", "--split", "validation"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -151,6 +258,7 @@ def test_help_names_every_flag(capsys):
         "--snapshots",
         "--split",
         "--json",
+        "--out",
         "--batch-size",
         "--device",
         "--data",

@@ -126,7 +126,12 @@ def test_another_configuration_is_refused_by_field(
 
 def start(run: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fastsnap.train", *SMALL, "--out", str(run), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    coloured = os.environ | {
+        "FORCE_COLOR": "1"
+    }  # which must not fill files with the codes that move a cursor
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=coloured
+    )
 
 
 def lines_of(file: Path, at_least: int, process: subprocess.Popen[str]) -> None:

@@ -1,5 +1,7 @@
 """The pictures show the figures they are given, for runs of every size."""
 
+import dataclasses
+
 import pytest
 import torch
 from matplotlib.image import imread
@@ -8,7 +10,8 @@ from small_run import small_dataset, small_run
 from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.ensemble.plots import error_figure, save, save_plots, training_figure
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.run_folder import SnapshotEntry
+from fastsnap.printing import literal
+from fastsnap.run_schema import SnapshotEntry
 
 
 def evaluated(path, **options):
@@ -79,11 +82,27 @@ def test_many_snapshots_are_numbered_sparsely_and_the_last_always():
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["$x_{1$ & \\frac", "a\x1b[31m\nb", "\u4e00\U0001f9ea", "W" * 250, "with spaces " * 20, "100 % [red]_^"],
+)
+def test_names_are_drawn_as_they_are(tmp_path, name):
+    _, report = evaluated(tmp_path / "run", snapshots=1, planned=1)
+    figure = error_figure(dataclasses.replace(report, run=name))
+    save(figure, tmp_path / "figure.png")  # parses the text, and warns of characters that the font lacks
+    shown = "".join(figure.get_suptitle().split())
+    expected = literal(name).replace("\u4e00", r"\u4e00").replace("\U0001f9ea", r"\U0001f9ea")
+    assert shown.startswith("".join(expected.split()) + ":")
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize(
     ("snapshots", "planned"), [(1, 1), (3, 3), (1, 40)]
 )  # the last: still in its first epoch
 def test_pictures_of_any_run_are_readable_files(tmp_path, snapshots, planned):
     folder, report = evaluated(tmp_path / "run", snapshots=snapshots, planned=planned)
-    save_plots(folder, report)
+    save_plots(folder, report, folder.path)
     for name in ("error-against-m.png", "training.png"):
         height, width = imread(folder.path / name).shape[:2]
         assert width > height > 500

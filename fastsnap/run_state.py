@@ -1,0 +1,56 @@
+"""Where the run in a folder is, and whether it can go on: nothing that was trained is trained over unasked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastsnap.run_files import RunError, move_aside
+from fastsnap.run_folder import CHECKPOINT, CONFIG, EVALUATION, RESULTS, RunFolder
+
+
+def require_config(folder: RunFolder) -> None:
+    """Raise RunError for a folder that holds what a run made, but not its configuration."""
+    found = [name for name in RESULTS if folder.has(name)]
+    if found and not folder.exists():
+        raise RunError(
+            f"{folder.path / CONFIG} is missing, though {', '.join(found)} of a run are there: put a copy of it "
+            "back, choose another --out, or add --restart to move them aside and train again"
+        )
+
+
+def is_finished(folder: RunFolder, steps: int) -> bool:
+    """Whether all that a run of `steps` updates saves is saved. Raises RunError for damaged files."""
+    entries = folder.snapshots()
+    if not entries or entries[-1].step < steps:
+        return False
+    # A crash between the last snapshot and its line of metrics; without a checkpoint nothing could be mended.
+    records = folder.metrics()
+    return not folder.has(CHECKPOINT) or bool(records and records[-1]["step"] == steps)
+
+
+def require_nothing_trained(folder: RunFolder) -> None:
+    """Raise RunError if there are snapshots, of a run that has no checkpoint any more to go on from."""
+    entries = folder.snapshots()
+    if entries:
+        raise RunError(
+            f"{folder.path} holds {len(entries)} snapshots of an unfinished run, but its {CHECKPOINT} is missing: "
+            "put a copy of it back to go on, or add --restart to move what is there aside and train again from "
+            "the start"
+        )
+
+
+def require_snapshots(folder: RunFolder, ends: Sequence[int], step: int) -> None:
+    """Raise RunError unless the manifest has a snapshot for each of the cycles' `ends` up to `step`."""
+    saved = {entry.step for entry in folder.snapshots()}
+    missing = [number for number, end in enumerate(ends, start=1) if end <= step and end not in saved]
+    if missing:
+        raise RunError(
+            f"{folder.path} is at step {step}, but its manifest.json lacks snapshot "
+            f"{', '.join(map(str, missing))}: put a copy of it back, or add --restart to move what is there aside "
+            "and train again from the start"
+        )
+
+
+def set_aside(folder: RunFolder) -> Path | None:
+    """Move all that a run made to a folder of its own in this one, and return that; None if there is nothing."""
+    # config.json last: until then it says that a run is here.
+    return move_aside(folder.path, (*RESULTS, *EVALUATION, CONFIG))
