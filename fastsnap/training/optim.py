@@ -50,7 +50,7 @@ class SnapshotSGD(torch.optim.Optimizer):
     that GradScaler skips advances the schedule.
     Where the network is moved to another device or converted to another dtype as a whole, the optimizer follows at the
     next step, with new flat tensors. To capture step() in a CUDA graph, call it at least once before, and after setting
-    a weight_decay or lr_scale.
+    a weight_decay or lr_scale. Autograd is not told of updates: backward() of a loss from before one uses the new weights.
     Raises ValueError for values out of range, and naming the parameter for gradients that cannot be used.
     """
 
