@@ -14,6 +14,7 @@ from fastsnap.training.optim_state import (
     Factors,
     check_saved,
     copy_tensors,
+    fill_frozen,
     saved_counts,
     saved_tensors,
     state_per_parameter,
@@ -50,7 +51,8 @@ class SnapshotSGD(torch.optim.Optimizer):
     that GradScaler skips advances the schedule.
     Where the network is moved to another device or converted to another dtype as a whole, the optimizer follows at the
     next step, with new flat tensors. To capture step() in a CUDA graph, call it at least once before, and after setting
-    a weight_decay or lr_scale. Autograd is not told of updates: backward() of a loss from before one uses the new weights.
+    a weight_decay or lr_scale. Autograd is not told of updates: backward() of a loss from
+    before one uses the new weights.
     Raises ValueError for values out of range, and naming the parameter for gradients that cannot be used.
     """
 
@@ -222,6 +224,7 @@ class SnapshotSGD(torch.optim.Optimizer):
     def _accept(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Check what the hooks have left of a saved state, and keep its tensors from torch, which would round them."""
         self._follow()
+        saved = fill_frozen(saved, self.param_groups, self._per_parameter)
         names = [name for name, _ in self._named_parameters()]
         updates, averaged = saved_counts(saved)
         check_saved(saved, self.param_groups, self._per_parameter, names, self._fixed)

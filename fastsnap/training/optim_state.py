@@ -100,6 +100,28 @@ def saved_tensors(saved: Group) -> list[dict[str, Any]]:
     return [saved["state"].get(index, {}) for group in saved["param_groups"] for index in group["params"]]
 
 
+def fill_frozen(saved: Group, groups: Sequence[Group], state: State) -> Group:
+    """`saved`, and in it what torch.distributed.checkpoint leaves out: the state of parameters that need no gradient.
+
+    It stays as it is. Raises ValueError where that would spoil an average.
+    """
+    of_parameters: dict[Any, dict[str, Any]] = dict(saved.get("state", {}))
+    counters = next(
+        ({k: s[k] for k in COUNTERS & s.keys()} for s in of_parameters.values() if "step" in s), {}
+    )
+    indices = [index for group in saved.get("param_groups", ()) for index in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=False):  # where they differ, check_saved says so
+        if index not in of_parameters and not parameter.requires_grad and counters:
+            if "average" in state[parameter]:
+                raise ValueError(
+                    f"state_dict has no state of parameter {index}, which needs no gradient, and so no average of it: "
+                    "call requires_grad_(True) on the network while the state is loaded"
+                )
+            of_parameters[index] = {**state[parameter], **counters}
+    return {**saved, "state": of_parameters} if "state" in saved else saved
+
+
 def saved_counts(saved: Group) -> tuple[int, int]:
     """Numbers of updates done and of updates in the average, of a state_dict.
 

@@ -91,6 +91,40 @@ def test_a_checkpoint_on_disk_of_torch_distributed_continues_bit_for_bit(one_pro
     assert_goes_on_alike((net, optimizer), (other, fresh))
 
 
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_parameters_whose_state_torch_leaves_out_stay_as_they_are(dtype, options):
+    net, optimizer = made(dtype)
+    other, fresh = made(dtype, seed=1)
+    for used in (net, other):
+        used[0].requires_grad_(False)
+    train_head(net, optimizer, 4)
+    saved = copy.deepcopy(get_state_dict(net, optimizer, options=options))
+    set_state_dict(other, fresh, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
+    train_head(net, optimizer, 2)
+    train_head(other, fresh, 2)
+    assert fresh.updates() == 6
+    assert torch.equal(fresh.weights, optimizer.weights)
+
+
+def train_head(net: nn.Module, optimizer: SnapshotSGD, steps: int) -> None:
+    for _ in range(steps):
+        net[1].weight.grad = torch.ones_like(net[1].weight)
+        optimizer.step()
+
+
+def test_an_average_of_a_frozen_parameter_that_torch_leaves_out_is_missed_by_name():
+    net, optimizer = made(average_decay=1.0)
+    net[0].requires_grad_(False)
+    train_head(net, optimizer, 2)
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
+    with pytest.raises(ValueError, match=r"no state of parameter 0\.weight.*call requires_grad_\(True\)"):
+        set_optimizer_state_dict(net, optimizer, saved)
+    net.requires_grad_(True)
+    set_optimizer_state_dict(net, optimizer, saved)
+    assert optimizer.updates() == 2
+
+
 def test_counters_are_where_other_optimizers_keep_them_and_no_other_keys_are_needed():
     net, optimizer = made(average_decay=1.0)
     train(net, optimizer, 4)
