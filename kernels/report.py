@@ -143,8 +143,14 @@ def compile_update(
 ) -> Compiled:
     """The update kernel; `extras`: with GradScaler, bf16 copy and running average."""
     arguments = {name: "*i64" for name in ("chunks", "addresses", "clock")}
-    arguments |= {"decays": "*fp32", "weights": f"*{weights}", "momentum": "*fp32", "rate": "*fp32"}
-    arguments |= {"steps": "i32", "cycles": "i32", "learning_rate": "fp32"}
+    arguments |= {
+        "factors": "*fp32",
+        "shown": "*fp32",
+        "weights": f"*{weights}",
+        "momentum": "*fp32",
+        "rate": "*fp32",
+    }
+    arguments |= {"groups": "i32", "steps": "i32", "cycles": "i32", "learning_rate": "fp32"}
     arguments |= {"momentum_coefficient": "fp32", "average_decay": "fp32"}
     optional = {"copy": "*bf16", "average": "*fp32", "scale": "*fp32", "found_inf": "*fp32"}
     constants = {"GRADIENT": DTYPES[gradient], "NESTEROV": True, "STEP_SCHEDULE": False, "DECAY": 0.1}

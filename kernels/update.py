@@ -73,11 +73,11 @@ class Layout:
     sizes: tuple[int, ...]
 
     def chunks(self) -> Tensor:
-        """int64 [chunks, 4]: tensor, start in the tensor, start in the flat tensors, length (at most CHUNK).
+        """int64 [chunks, 4], on the CPU: tensor, start in it, start in the flat tensors, length (at most CHUNK).
 
         At least one, of length 0 if all tensors are empty: a launch needs a program, which then turns the clock.
         """
-        return torch.tensor(list(self._chunks()) or [(0, 0, 0, 0)], dtype=torch.int64)
+        return torch.tensor(list(self._chunks()) or [(0, 0, 0, 0)], dtype=torch.int64, device="cpu")
 
     def _chunks(self) -> Iterator[tuple[int, int, int, int]]:
         for tensor, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
@@ -96,7 +96,7 @@ def new_state(data: Tensor, bf16_copy: bool, master: bool, average_decay: float 
         copy=data if rounded and master else data.bfloat16() if bf16_copy else None,
         average=None if average_decay is None else torch.zeros_like(data, dtype=torch.float32),
         clock=torch.zeros(3, dtype=torch.int64, device=data.device),
-        rate=torch.zeros(1, device=data.device),
+        rate=torch.zeros(1, dtype=torch.float32, device=data.device),
         master=rounded and master,
     )
 
@@ -121,14 +121,14 @@ def reference_update(
     rule: Rule,
     layout: Layout,
     gradients: Sequence[Tensor | None],
-    decays: Sequence[float],
+    factors: Sequence[Sequence[float]],
     scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """One update in plain PyTorch, tensor by tensor: what both kernels are tested against.
 
     gradients   one per tensor, dense, in the memory order of the weights; None leaves the tensor as it is
-    decays      weight decay of each tensor
+    factors     of each tensor: its weight decay, and what the schedule's rate is multiplied by
     scale       fp32 [] or None: divides the gradients; found_inf: fp32 [] or None: not 0 skips the update, while
                 the schedule goes on (both are torch.amp.GradScaler's)
     Raises ValueError if all updates of the schedule are done.
@@ -137,16 +137,17 @@ def reference_update(
     if found_inf is None or not found_inf.item():
         take_over_parameters(state)
         inverse_scale = 1.0 if scale is None else 1.0 / scale.item()
-        for offset, gradient, decay in zip(layout.offsets, gradients, decays, strict=True):
+        for offset, gradient, (decay, rate_scale) in zip(layout.offsets, gradients, factors, strict=True):
             if gradient is not None:
-                _update_tensor(state, rule, offset, gradient, decay, inverse_scale)
+                rate = state.rate.item() * rate_scale
+                _update_tensor(state, rule, offset, gradient, decay, rate, inverse_scale)
         _update_copies(state, rule)
     state.clock[0] += 1
     state.rate.fill_(rule.schedule.rate_after(int(state.clock[0])))
 
 
 def _update_tensor(
-    state: State, rule: Rule, offset: int, gradient: Tensor, decay: float, inverse_scale: float
+    state: State, rule: Rule, offset: int, gradient: Tensor, decay: float, rate: float, inverse_scale: float
 ) -> None:
     """Weight decay, momentum and step of one tensor in fp32, in the order of torch.optim.SGD."""
     segment = slice(offset, offset + gradient.numel())
@@ -155,7 +156,7 @@ def _update_tensor(
     direction = (in_memory_order * inverse_scale).add(weights, alpha=decay)
     momentum.mul_(rule.momentum).add_(direction)
     move = direction.add(momentum, alpha=rule.momentum) if rule.nesterov else momentum
-    state.weights[segment] = weights.add(move, alpha=-state.rate.item()).to(state.weights.dtype)
+    state.weights[segment] = weights.add(move, alpha=-rate).to(state.weights.dtype)
 
 
 def _update_copies(state: State, rule: Rule) -> None:

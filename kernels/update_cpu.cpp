@@ -76,7 +76,7 @@ struct Update {  // the same layout as UpdateArguments in update_cpu.py; copy, a
     const Chunk* chunks;
     int64_t chunk_count;
     const int64_t* addresses;  // of the gradients, 0: none
-    const float* decays;
+    const float* factors;  // of each tensor: weight decay, and what the rate is multiplied by
     void* weights;
     float* momentum;
     BFloat16* copy;
@@ -98,9 +98,13 @@ void update_chunk(const Update& update, const Chunk& chunk, const Step& numbers)
     const int64_t address = update.addresses[chunk.tensor];
     if constexpr (sizeof(Weight) == sizeof(float))
         if (update.master != 0) take_over_chunk(update.copy + chunk.flat, weights, chunk.length);
-    if (address != 0)
+    if (address != 0) {
+        const float* factors = update.factors + 2 * chunk.tensor;
+        Step scaled = numbers;
+        scaled.rate *= factors[1];
         step(weights, update.momentum + chunk.flat, reinterpret_cast<const Gradient*>(address) + chunk.begin,
-             chunk.length, update.decays[chunk.tensor], numbers);
+             chunk.length, factors[0], scaled);
+    }
     if constexpr (sizeof(Weight) == sizeof(float))
         if (update.copy != nullptr) round_chunk(weights, update.copy + chunk.flat, chunk.length);
     if (update.mean != nullptr)

@@ -17,7 +17,7 @@ class UpdateArguments(ctypes.Structure):
     """`struct Update` of update_cpu.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("chunks", "chunk_count", "addresses", "decays")),
+        *((name, ctypes.c_int64) for name in ("chunks", "chunk_count", "addresses", "factors")),
         *((name, ctypes.c_int64) for name in ("weights", "momentum", "copy", "average", "clock", "rate")),
         *((name, ctypes.c_int64) for name in ("scale", "found_inf", "weight_type", "gradient_type")),
         *((name, ctypes.c_int64) for name in ("nesterov", "master", "threads")),
@@ -28,19 +28,19 @@ class UpdateArguments(ctypes.Structure):
 class CpuUpdate:
     """`reference_update` as one call, bound to the tensors of a run."""
 
-    def __init__(self, state: State, rule: Rule, layout: Layout, decays: Tensor) -> None:
-        """decays: fp32 [tensors], weight decays, read at every update."""
+    def __init__(self, state: State, rule: Rule, layout: Layout, factors: Tensor) -> None:
+        """factors: fp32 [tensors, 2], weight decay and scale of the rate of each, read at every update."""
         self._function = library().fastsnap_update
         self._function.restype = ctypes.c_int64
         self._schedule = rule.schedule
         self._rate = ctypes.c_float.from_address(state.rate.data_ptr())
         self._clock = (ctypes.c_int64 * 3).from_address(state.clock.data_ptr())
         self._chunks = layout.chunks()
-        self._kept = state, decays  # the memory that the arguments point to
+        self._kept = state, factors  # the memory that the arguments point to
         self._arguments = UpdateArguments(
             chunks=self._chunks.data_ptr(),
             chunk_count=len(self._chunks),
-            decays=decays.data_ptr(),
+            factors=factors.data_ptr(),
             weights=state.weights.data_ptr(),
             momentum=state.momentum.data_ptr(),
             copy=address(state.copy),

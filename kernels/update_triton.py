@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .schedule import STEP_DECAY
+from .schedule_triton import next_rate, rate_kernel, store_rate
 from .update import Layout, Rule, State, capturing
 
 BLOCK = 1024  # elements that a program handles at a time
@@ -20,59 +21,20 @@ ALIGNMENT = tl.constexpr(16)  # elements, of every tensor in the flat tensors
 
 
 @triton.jit
-def quarter_sine(share):
-    """sin(pi/2 * share) for 0 <= share <= 1, to 1e-7: tl.sin would bring local memory and fp64 for large angles."""
-    angle = 1.5707963267948966 * share
-    square = angle * angle
-    series = tl.fma(square, -1.0 / 39916800, 1.0 / 362880)
-    series = tl.fma(square, series, -1.0 / 5040)
-    series = tl.fma(square, series, 1.0 / 120)
-    series = tl.fma(square, series, -1.0 / 6)
-    return tl.fma(angle * square, series, angle)
-
-
-@triton.jit
-def next_rate(step, steps, cycles, learning_rate, STEP_SCHEDULE: tl.constexpr, DECAY: tl.constexpr):
-    """Learning rate of the update after `step` updates (int64): `Schedule.rate_after` in fp32."""
-    learning_rate = tl.where(step < steps, learning_rate, 0.0)
-    if STEP_SCHEDULE:
-        rate = tl.where(2 * step >= steps, learning_rate * DECAY, learning_rate)
-        # 4 * step >= 3 * steps, without a product of `steps`, which is 32 bits wide.
-        return tl.where(4 * (step - steps) >= -steps, learning_rate * DECAY * DECAY, rate)
-    cycle = ((step + 1) * cycles - 1) // steps
-    start, end = cycle * steps // cycles, (cycle + 1) * steps // cycles
-    # a0 * sin^2(pi/2 * share that is left): the cosine form would cancel near the end of a cycle.
-    sine = quarter_sine((end - step).to(tl.float32) / (end - start).to(tl.float32))
-    return learning_rate * sine * sine
-
-
-@triton.jit
-def rate_kernel(
-    clock,
-    rate,
-    steps,
-    cycles,
-    learning_rate,
-    STEP_SCHEDULE: tl.constexpr,
-    DECAY: tl.constexpr,
-):
-    """`rate` of a clock that was set from outside: the bits that the update itself would have left there."""
-    tl.store(rate, next_rate(tl.load(clock), steps, cycles, learning_rate, STEP_SCHEDULE, DECAY))
-
-
-@triton.jit
 def update_kernel(
     chunks,  # int64 [programs, 4]: tensor, start in the tensor, start in the flat tensors, length
     addresses,  # int64 [tensors], of the gradients; 0: none
-    decays,  # fp32 [tensors]
+    factors,  # fp32 [tensors, 2]: weight decay, and what the rate is multiplied by
     weights,  # fp32 or bf16 [numel]
     momentum,  # fp32 [numel]
     copy,  # bf16 [numel] or None
     average,  # fp32 [numel] or None
     clock,  # int64 [3]
     rate,  # fp32 [1]
+    shown,  # fp32 [groups, 2]: what the rate is multiplied by; written here: the rate of the group
     scale,  # fp32 [] or None
     found_inf,  # fp32 [] or None
+    groups,
     steps,
     cycles,
     learning_rate,
@@ -96,7 +58,8 @@ def update_kernel(
     if found_inf is not None:
         applied = applied & (tl.load(found_inf) == 0.0)
     if applied:
-        decay = tl.load(decays + tensor)
+        decay = tl.load(factors + 2 * tensor)
+        now = now * tl.load(factors + 2 * tensor + 1)
         inverse_scale = 1.0 if scale is None else 1.0 / tl.load(scale)
         # Flat tensors are padded with zeros up to ALIGNMENT, so their accesses are always whole vectors.
         padded = tl.multiple_of((length + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
@@ -136,12 +99,12 @@ def update_kernel(
     tl.debug_barrier()
     finished = tl.atomic_add(clock + 2, 1)
     if finished == tl.num_programs(0) - 1:
-        step = tl.load(clock) + 1
+        step = tl.minimum(tl.load(clock) + 1, steps)
         tl.store(clock, step)
         tl.store(clock + 2, 0)
         if average is not None:
             tl.store(clock + 1, tl.load(clock + 1) + applied)
-        tl.store(rate, next_rate(step, steps, cycles, learning_rate, STEP_SCHEDULE, DECAY))
+        store_rate(next_rate(step, steps, cycles, learning_rate, STEP_SCHEDULE, DECAY), rate, shown, groups)
 
 
 class TritonUpdate:
@@ -156,9 +119,19 @@ class TritonUpdate:
     before the first replay, on whatever stream that runs, and a capture can wait for nothing outside of itself.)
     """
 
-    def __init__(self, state: State, rule: Rule, layout: Layout, decays: Tensor) -> None:
-        """decays: fp32 [tensors], weight decays, read at every update."""
-        self._state, self._rule, self._decays = state, rule, decays
+    def __init__(
+        self, state: State, rule: Rule, layout: Layout, factors: Tensor, shown: Tensor | None = None
+    ) -> None:
+        """What each update reads, and shows.
+
+        factors  fp32 [tensors, 2], weight decay and scale of the rate of each
+        shown    fp32 [groups, 2], scale of the rate of each group; written: its rate in the next update
+        """
+        self._state, self._rule, self._factors = state, rule, factors
+        self._shown = (
+            torch.empty(0, 2, dtype=torch.float32, device=factors.device) if shown is None else shown
+        )
+        self._calls = 0  # no more than the clock says: replays of a CUDA graph are not seen here
         device = state.weights.device
         self._chunks = layout.chunks().to(device)
         self._table = torch.zeros(len(layout.sizes), dtype=torch.int64, device=device)
@@ -173,11 +146,18 @@ class TritonUpdate:
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> Tensor:
-        """Update from dense gradients, one per tensor or None, all of `gradient_dtype`; returns the next rate."""
+        """Update from dense gradients, one per tensor or None, all of `gradient_dtype`; returns the next rate.
+
+        Raises ValueError if all updates of the schedule are done, as far as the host knows without waiting for the
+        device; past them, the kernel changes nothing.
+        """
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
         device = self._state.weights.device
         with _current(device):
             captured = capturing(device)
+            if not captured:
+                self._rule.schedule.check(self._calls)
+                self._calls += 1
             table = self._captured_table(addresses) if captured else self._current_table(addresses)
             self._launch(table, DTYPES[gradient_dtype], scale, found_inf)
         return self._state.rate[0]
@@ -187,15 +167,17 @@ class TritonUpdate:
         update_kernel[(len(self._chunks),)](
             self._chunks,
             table,
-            self._decays,
+            self._factors,
             state.weights,
             state.momentum,
             state.copy,
             state.average,
             state.clock,
             state.rate,
+            self._shown,
             scale,
             found_inf,
+            len(self._shown),
             schedule.steps,
             schedule.cycles,
             schedule.learning_rate,
@@ -217,11 +199,14 @@ class TritonUpdate:
         """
         state, schedule = self._state, self._rule.schedule
         schedule.rate_after(updates)
+        self._calls = updates
         state.clock.copy_(torch.tensor([updates, averaged, 0], dtype=torch.int64, device="cpu"))
         with _current(state.clock.device):
             rate_kernel[(1,)](
                 state.clock,
                 state.rate,
+                self._shown,
+                len(self._shown),
                 schedule.steps,
                 schedule.cycles,
                 schedule.learning_rate,
@@ -233,7 +218,7 @@ class TritonUpdate:
     def _current_table(self, addresses: list[int]) -> Tensor:
         if self._table.is_cuda:
             while len(self._set_aside) < CAPTURES_SET_ASIDE:
-                pinned = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
+                pinned = torch.empty(len(addresses), dtype=torch.int64, device="cpu", pin_memory=True)
                 self._set_aside.append((pinned, torch.empty_like(self._table)))
         if addresses != self._in_table:
             self._table.copy_(_host_table(addresses, self._table.is_cuda), non_blocking=True)
@@ -245,7 +230,7 @@ class TritonUpdate:
             raise RuntimeError("call step() once outside of the capture: it sets memory aside for captures")
         pinned, table = self._set_aside.pop()
         self._captured.append((pinned, table))
-        pinned.copy_(torch.tensor(addresses))
+        pinned.copy_(_host_table(addresses, pinned=False))
         return table.copy_(pinned, non_blocking=True)
 
 
@@ -255,5 +240,5 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _host_table(addresses: list[int], pinned: bool) -> Tensor:
-    table = torch.tensor(addresses, dtype=torch.int64)
+    table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
     return table.pin_memory() if pinned else table

@@ -36,7 +36,9 @@ class TorchPipeline:
         self._scale = (1 / torch.tensor(std, dtype=torch.float32, device=device)).repeat(width)
         # Where batches are built; its margin stays zero.
         batch, margin = min(plan.batch_size, plan.count), 2 * plan.padding
-        self._padded = torch.zeros(batch, height + margin, (width + margin) * channels, device=device)
+        self._padded = torch.zeros(
+            batch, height + margin, (width + margin) * channels, dtype=torch.float32, device=device
+        )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See plan.Pipeline."""

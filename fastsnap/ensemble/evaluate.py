@@ -130,7 +130,9 @@ def evaluate_run(
     )
     start = time.perf_counter()
     labels_N = torch.from_numpy(image_set.labels).to(device)
-    logits_MNC = torch.empty(len(entries), len(labels_N), len(dataset.classes), device=device)
+    logits_MNC = torch.empty(
+        len(entries), len(labels_N), len(dataset.classes), dtype=torch.float32, device=device
+    )
     fill_member_logits(
         logits_MNC, network, folder, entries, pipeline, precision=computed.name, on_member=on_member
     )

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from fastsnap.kernels.convolution import fast_convolution, reference_convolution
 
 STEM_CHANNELS = 16
 SHORTCUTS = ("A", "B", "C")
+PLACE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # of weights, whatever torch's defaults are
 SMALLEST_IMAGE = 8  # pixels; the last stage then still sees 2x2
 EXAMPLES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet32x4")
 
@@ -58,7 +60,9 @@ def parse_name(name: str) -> tuple[int, int]:
 
 
 def _convolution(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Conv2d:
-    convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+    convolution = nn.Conv2d(
+        in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False, **PLACE
+    )
     nn.init.normal_(convolution.weight, std=math.sqrt(2 / (kernel * kernel * out_channels)))
     return convolution
 
@@ -78,7 +82,9 @@ class PaddedIdentity(nn.Module):
 def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     same_shape = in_channels == out_channels and stride == 1
     if kind == "C" or (kind == "B" and not same_shape):
-        return nn.Sequential(_convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+        return nn.Sequential(
+            _convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels, **PLACE)
+        )
     return nn.Identity() if same_shape else PaddedIdentity(out_channels - in_channels, stride)
 
 
@@ -91,9 +97,9 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.operations = operations
         self.conv1 = _convolution(in_channels, out_channels, 3, stride)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = nn.BatchNorm2d(out_channels, **PLACE)
         self.conv2 = _convolution(out_channels, out_channels, 3, 1)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels, **PLACE)
         self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.operations = operations
         self.conv1 = _convolution(in_channels, STEM_CHANNELS, 3, 1)
-        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS, **PLACE)
         channels = STEM_CHANNELS
         stages = []
         for stage in range(3):
@@ -130,7 +136,7 @@ class ResNet(nn.Module):
                 channels = out_channels
             stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
-        self.linear = nn.Linear(channels, classes)
+        self.linear = nn.Linear(channels, classes, **PLACE)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -151,7 +157,7 @@ def build_network(
     seed: int = 0,
     operations: Operations = PLAIN_OPERATIONS,
 ) -> ResNet:
-    """A freshly initialised network on the CPU; the same seed gives the same weights, whatever was drawn before.
+    """A freshly initialised network, fp32 on the CPU; the same seed gives the same weights, whatever was drawn before.
 
     name         "resnet<6n+2>" or "resnet<6n+2>x<width multiplier>"
     classes      >= 1

@@ -28,7 +28,8 @@ def apex_fused_sgd() -> Any:
 class ApexSGD(torch.optim.Optimizer):
     """FusedSGD with what the trainer needs of SnapshotSGD; the host sets the rate at every step.
 
-    The arguments are SnapshotSGD's. Raises ValueError where apex is missing.
+    The arguments are SnapshotSGD's, but parameters in no groups of their own. Raises ValueError for groups, whose
+    options would be ignored, where apex is missing, and for a step past the schedule.
     """
 
     def __init__(
@@ -42,6 +43,10 @@ class ApexSGD(torch.optim.Optimizer):
         flat: FlatParameters,
     ) -> None:
         super().__init__(params, {})
+        if len(self.param_groups) > 1 or self.param_groups[0].keys() - {"params", "param_names"}:
+            raise ValueError(
+                "update apex takes no groups with a weight_decay or lr_scale of their own: use --update fused"
+            )
         self.flat, self.momentum = flat, torch.zeros_like(flat.data)
         self._schedule, self._updates = schedule, 0
         self._inner = apex_fused_sgd()(

@@ -219,3 +219,18 @@ def test_pipelines_on_the_gpu_give_the_batches_of_the_cpu(loader):
             assert cuda_pixels.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(cuda_pixels.cpu(), pixels, rtol=0, atol=1e-6)
             assert torch.equal(cuda_labels.cpu(), labels)
+
+
+def test_other_defaults_of_torch_change_nothing():
+    images = random_images(7, channels=3)
+    options = {"loader": "torch", "batch_size": 3, "seed": 1, "augment": True}
+    expected = list(make(images, **options).epoch(0))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = list(make(images, **options).epoch(0))
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -6,39 +6,15 @@ import pytest
 import torch
 from averaging_cases import cases as averaging_cases
 from averaging_cases import check_against_float64
+from gpu_training import SCHEDULE, batch, network, train_step
 from hypothesis import given, settings
 from torch import nn
 from update_cases import cases as update_cases
 from update_cases import check_against_reference
 
-from fastsnap.kernels.schedule import Schedule
 from fastsnap.training.optim import SnapshotSGD
 
 pytestmark = pytest.mark.gpu
-SCHEDULE = Schedule("snapshot", 30, 3, 0.1)
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
-    return net.cuda().to(memory_format=torch.channels_last)
-
-
-def batch(step: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(4, 3, 8, 8, generator=generator).cuda().to(memory_format=torch.channels_last)
-
-
-def train_step(net, optimizer, images, scaler=None):
-    optimizer.zero_grad(set_to_none=True)
-    loss = net(images).square().mean()
-    if scaler is None:
-        loss.backward()
-        optimizer.step()
-    else:
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
 
 
 @settings(max_examples=30)
@@ -173,7 +149,7 @@ def test_a_weight_decay_changed_right_before_a_capture_is_refused():
     optimizer.step()
     optimizer.param_groups[0]["weight_decay"] = 0.5
     with (
-        pytest.raises(RuntimeError, match="weight_decay has changed"),
+        pytest.raises(RuntimeError, match="weight_decay or lr_scale has changed"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         optimizer.step()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given
-from update_cases import Case, cases, check_against_reference, layout_of, state_of
+from update_cases import Case, cases, check_against_reference, layout_of, plain_factors, state_of
 
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.kernels.update import CHUNK, Layout, Rule, reference_update
@@ -39,10 +39,10 @@ def test_reference_agrees_with_float64():
     state.weights[:1000] = weight
     w, m = weight.double(), torch.zeros(1000, dtype=torch.float64)
     for step in range(10):
-        reference_update(state, RULE, layout, [gradient, None], [0.01, 0])
+        reference_update(state, RULE, layout, [gradient, None], [(0.01, 0.5), (0, 1)])
         direction = gradient.double() + 0.01 * w
         m = 0.9 * m + direction
-        w = w - PLAIN.schedule.rate(step) * (direction + 0.9 * m)
+        w = w - 0.5 * PLAIN.schedule.rate(step) * (direction + 0.9 * m)
     torch.testing.assert_close(state.weights[:1000].double(), w, rtol=1e-6, atol=1e-6)
 
 
@@ -53,7 +53,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
         torch.manual_seed(0)
         layout = layout_of(PLAIN.sizes)
         state = state_of(PLAIN, layout)
-        update = CpuUpdate(state, RULE, layout, torch.zeros(4))
+        update = CpuUpdate(state, RULE, layout, plain_factors(4))
         try:
             torch.set_num_threads(count)
             update([torch.randn(size) for size in layout.sizes], torch.float32)
@@ -69,7 +69,7 @@ def test_gradients_of_every_bit_pattern_are_read_as_torch_reads_them(dtype):
     gradient = gradient[gradient.isfinite()].clone()
     layout = layout_of((len(gradient),))
     state = state_of(PLAIN, layout)
-    CpuUpdate(state, RULE, layout, torch.zeros(2))([gradient, None], dtype)
+    CpuUpdate(state, RULE, layout, plain_factors(2))([gradient, None], dtype)
     assert torch.equal(state.momentum[: len(gradient)], gradient.float())
 
 
@@ -78,7 +78,7 @@ def test_bf16_copy_rounds_as_torch_does_and_keeps_nan():
     layout = layout_of((70_000,))
     state = state_of(case, layout)
     state.weights[:65536] = (torch.arange(65536, dtype=torch.int32) * 65537).view(torch.float32)
-    update = CpuUpdate(state, RULE, layout, torch.zeros(2))
+    update = CpuUpdate(state, RULE, layout, plain_factors(2))
     update([None, None], torch.float32)
     torch.testing.assert_close(state.copy, state.weights.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
@@ -88,7 +88,7 @@ def test_parameters_written_by_others_count_and_the_rest_keep_their_master_value
     layout = layout_of((64,))
     state = state_of(case, layout)
     rule = dataclasses.replace(RULE, momentum=0.0, nesterov=False)
-    update = CpuUpdate(state, rule, layout, torch.zeros(2))
+    update = CpuUpdate(state, rule, layout, plain_factors(2))
     update([torch.full((64,), 1e-5), None], torch.float32)  # less than bf16 resolves
     before = state.weights.clone()
     state.copy[:3] = torch.tensor([5.0, torch.nan, -torch.inf])
@@ -105,14 +105,14 @@ def test_an_update_past_the_schedule_is_an_error_and_changes_nothing(kind):
     rule = Rule(Schedule(kind, 2, 1, 0.1), 0.9, True, average_decay=1.0)
     layout = layout_of((64,))
     state = state_of(dataclasses.replace(PLAIN, schedule=rule.schedule, average_decay=1.0), layout)
-    update = CpuUpdate(state, rule, layout, torch.zeros(2))
+    update = CpuUpdate(state, rule, layout, plain_factors(2))
     for _ in range(2):
         update([torch.ones(64), None], torch.float32)
     assert state.rate == 0
     before = [tensor.clone() for tensor in (state.weights, state.momentum, state.average, state.clock)]
     for past in (
         lambda: update([torch.ones(64), None], torch.float32),
-        lambda: reference_update(state, rule, layout, [torch.ones(64), None], [0.0, 0.0]),
+        lambda: reference_update(state, rule, layout, [torch.ones(64), None], plain_factors(2).tolist()),
         lambda: update.seek(3, 0),
     ):
         with pytest.raises(ValueError, match=r"got [23]: the schedule has 2 updates"):

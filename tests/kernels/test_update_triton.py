@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given, settings
-from update_cases import Case, cases, check_against_reference, layout_of, state_of
+from update_cases import Case, cases, check_against_reference, layout_of, plain_factors, state_of
 
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.kernels.update import Rule, State
@@ -47,7 +47,7 @@ SCHEDULES = [
 def test_rate_and_clock_on_the_device_follow_the_schedule(schedule):
     layout = layout_of((1,))
     state = state_of(dataclasses.replace(PLAIN, schedule=schedule), layout)
-    update = TritonUpdate(state, Rule(schedule, 0.9, True), layout, torch.zeros(2))
+    update = TritonUpdate(state, Rule(schedule, 0.9, True), layout, plain_factors(2))
     last = schedule.steps - 1
     near_boundaries = {schedule.boundary(i) + d for i in range(schedule.cycles + 1) for d in (-2, -1, 0, 1)}
     for step in sorted({0, last // 2, 3 * schedule.steps // 4} | near_boundaries):
@@ -61,17 +61,34 @@ def test_rate_and_clock_on_the_device_follow_the_schedule(schedule):
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "step"])
-def test_an_update_past_the_schedule_changes_nothing(kind):
-    """A host that replays a CUDA graph cannot raise."""
+def test_an_update_past_the_schedule_is_an_error_and_in_a_replayed_graph_changes_nothing(kind):
     rule = Rule(Schedule(kind, 2, 1, 0.1), 0.9, True, average_decay=1.0)
     layout = layout_of((64,))
     state = state_of(dataclasses.replace(PLAIN, schedule=rule.schedule, average_decay=1.0), layout)
-    update = TritonUpdate(state, rule, layout, torch.zeros(2))
+    update = TritonUpdate(state, rule, layout, plain_factors(2))
     for _ in range(2):
         update([torch.ones(64), None], torch.float32)
-    before = [tensor.clone() for tensor in (state.weights, state.momentum, state.average)]
+    before = [tensor.clone() for tensor in (state.weights, state.momentum, state.average, state.clock)]
+    with pytest.raises(ValueError, match="got 2: the schedule has 2 updates"):
+        update([torch.ones(64), None], torch.float32)
+    update.seek(1, 1)
+    state.clock[0] = 2  # as after a replay, which the host does not see
+    state.clock[1] = 2
+    state.rate.zero_()
     assert update([torch.ones(64), None], torch.float32) == 0
-    assert all(map(torch.equal, before, (state.weights, state.momentum, state.average)))
+    assert all(map(torch.equal, before, (state.weights, state.momentum, state.average, state.clock)))
+
+
+def test_the_rate_of_every_group_is_shown():
+    layout = layout_of((3, 5))
+    state = state_of(PLAIN, layout)
+    shown = torch.tensor([[1.0, 0.0], [0.25, 0.0], [3.0, 0.0]])
+    factors = torch.tensor([[0.0, 0.25], [0.0, 1.0], [0.0, 3.0]])
+    update = TritonUpdate(state, RULE, layout, factors, shown)
+    for updates in (4, 5):
+        rate = update.seek(4, 0) if updates == 4 else update([torch.ones(3), None, None], torch.float32)
+        assert torch.equal(shown[:, 1], rate * shown[:, 0])
+        assert rate.item() == pytest.approx(PLAIN.schedule.rate(updates), rel=1e-6)
 
 
 def after_two_updates(case: Case, write: Callable[[torch.Tensor], None]) -> State:
@@ -81,7 +98,7 @@ def after_two_updates(case: Case, write: Callable[[torch.Tensor], None]) -> Stat
     state = state_of(case, layout)
     state.weights.copy_(state.weights.bfloat16())
     gradients = [torch.randn(size) for size in layout.sizes]
-    update = TritonUpdate(state, RULE, layout, torch.full((len(layout.sizes),), 0.1))
+    update = TritonUpdate(state, RULE, layout, plain_factors(len(layout.sizes), decay=0.1))
     update(gradients, torch.float32)
     write(state.weights if state.copy is None else state.copy)
     update([gradients[0], None, None], torch.float32)
@@ -106,14 +123,14 @@ def test_the_average_is_of_the_weights_as_rounded():
     layout = layout_of(case.sizes)
     state = state_of(case, layout)
     rule = dataclasses.replace(RULE, average_decay=1.0)
-    TritonUpdate(state, rule, layout, torch.zeros(2))([torch.randn(70), None], torch.float32)
+    TritonUpdate(state, rule, layout, plain_factors(2))([torch.randn(70), None], torch.float32)
     assert torch.equal(state.average, state.weights.float())
 
 
 def test_the_clock_turns_even_if_all_tensors_are_empty():
     layout = layout_of((0,))
     state = state_of(dataclasses.replace(PLAIN, sizes=(0,)), layout)
-    rate = TritonUpdate(state, RULE, layout, torch.zeros(2))([None, None], torch.float32)
+    rate = TritonUpdate(state, RULE, layout, plain_factors(2))([None, None], torch.float32)
     assert state.clock.tolist() == [1, 0, 0]
     assert rate.item() == pytest.approx(PLAIN.schedule.rate(1), rel=1e-6)
 
@@ -127,7 +144,7 @@ def test_every_gradient_alignment_gives_the_same_result():
         torch.manual_seed(1)
         state = state_of(PLAIN, layout)
         memory = torch.empty(4096 + 8)[offset : offset + 4096].copy_(gradient)
-        TritonUpdate(state, RULE, layout, torch.zeros(2))([memory, None], torch.float32)
+        TritonUpdate(state, RULE, layout, plain_factors(2))([memory, None], torch.float32)
         results.append(state.weights)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

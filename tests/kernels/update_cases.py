@@ -67,6 +67,11 @@ def layout_of(sizes: tuple[int, ...]) -> Layout:
     return Layout((*offsets, numel), (*sizes, 0))  # the last one, empty, marks the end
 
 
+def plain_factors(tensors: int, decay: float = 0.0) -> Tensor:
+    """Of tensors that are updated at the schedule's own rate."""
+    return torch.tensor([[decay, 1.0]] * tensors)
+
+
 def state_of(case: Case, layout: Layout, device: str = "cpu") -> State:
     data = torch.zeros(layout.offsets[-1])
     for offset, size in zip(layout.offsets, layout.sizes, strict=True):
@@ -85,8 +90,8 @@ def check_against_reference(case: Case, make_update: Any, device: str = "cpu", u
     layout = layout_of(case.sizes)
     state = state_of(case, layout, device)
     expected = copy.deepcopy(state)
-    decays = torch.rand(len(layout.sizes), device=device) * 0.1
-    update = make_update(state, rule, layout, decays)
+    factors = torch.rand(len(layout.sizes), 2, device=device) * torch.tensor([0.1, 2.0], device=device)
+    update = make_update(state, rule, layout, factors)
     for step in range(min(updates, schedule.steps)):
         if case.master and step > 0:
             _write_parameters(state, expected)
@@ -94,7 +99,7 @@ def check_against_reference(case: Case, make_update: Any, device: str = "cpu", u
         scale = torch.tensor(8.0, device=device) if case.scaled else None
         found_inf = torch.tensor(float(step == 2), device=device) if case.scaled else None
         update(gradients, case.gradients, scale, found_inf)
-        reference_update(expected, rule, layout, gradients, decays.tolist(), scale, found_inf)
+        reference_update(expected, rule, layout, gradients, factors.tolist(), scale, found_inf)
         _check_close(state, expected)
 
 

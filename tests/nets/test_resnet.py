@@ -102,3 +102,16 @@ def test_images_that_are_too_small_are_refused() -> None:
 def test_bad_values_are_named(options: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         build_network("resnet8", **{"classes": 10} | options)
+
+
+def test_other_defaults_of_torch_change_nothing() -> None:
+    expected = build_network("resnet8", classes=3, shortcut="C").state_dict()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = build_network("resnet8", classes=3, shortcut="C").state_dict()
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -1,9 +1,12 @@
 """Flat storage: the network keeps working, its memory is one tensor."""
 
 import copy
+import gc
+import io
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -68,6 +71,65 @@ def test_copies_and_pickles_of_the_network_are_whole_and_independent():
         flat.data.add_(1)
         assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
     assert flat.detached() == []
+
+
+def test_every_parameter_has_a_storage_object_of_its_own_in_one_memory():
+    net = network()
+    flat = FlatParameters(net)
+    storages = [parameter.untyped_storage() for parameter in net.parameters()]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages)
+    assert [storage.nbytes() for storage in storages] == [4 * p.numel() for p in net.parameters()]
+    with torch.no_grad():
+        net[4].weight.fill_(3)
+    assert torch.equal(flat.data[flat.offsets[6] :][:108], torch.full((108,), 3.0))
+    flat.data.fill_(5)
+    assert all((parameter == 5).all() for parameter in net.parameters())
+
+
+def test_savers_that_tell_tensors_apart_by_their_storage_keep_all(tmp_path):
+    net, other = network(), network()
+    FlatParameters(net)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    safetensors.torch.save_model(net, str(tmp_path / "model.safetensors"))
+    assert safetensors.torch.load_model(other, tmp_path / "model.safetensors") == (set(), [])
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_a_part_is_saved_without_the_rest():
+    net = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10))
+    FlatParameters(net)
+    file = io.BytesIO()
+    torch.save(net[1].state_dict(), file)
+    assert file.tell() < 4 * 10_010 + 2000
+
+
+def test_the_memory_lives_as_long_as_any_parameter():
+    net = network()
+    expected = net[0].weight.clone()
+    flat = FlatParameters(net)
+    weight = net[0].weight
+    del net, flat
+    gc.collect()
+    others = [torch.zeros(900) for _ in range(100)]  # would take its place
+    assert torch.equal(weight, expected), others
+
+
+@pytest.mark.parametrize("empty", [(0,), (3, 0)])
+def test_empty_parameters(empty):
+    flat = FlatParameters([("a", nn.Parameter(torch.ones(3))), ("b", nn.Parameter(torch.zeros(empty)))])
+    assert flat.parameters[1].shape == empty
+    assert flat.detached() == []
+
+
+def test_a_compiled_network_sees_what_is_written_into_the_flat_memory():
+    net = nn.Linear(4, 4)
+    flat = FlatParameters(net)
+    compiled = torch.compile(net, backend="aot_eager")
+    images = torch.randn(2, 4)
+    for value in (0.0, 1.0):
+        flat.data.fill_(value)
+        torch.testing.assert_close(compiled(images), value * (images.sum(1, keepdim=True) + 1).expand(2, 4))
 
 
 def test_dense_parameters_keep_their_strides_and_others_become_dense():
@@ -156,6 +218,7 @@ def replace_data(net):
         lambda net: net.to(memory_format=torch.channels_last),
         lambda net: net[2].double(),
         lambda net: setattr(net[2].weight, "data", net[2].weight.data.clone()),
+        lambda net: net.share_memory(),
         replace_data,
     ],
 )
@@ -196,6 +259,12 @@ def test_views_of_another_flat_tensor():
         (
             [("a", nn.Parameter(torch.zeros(2))), ("b", nn.Parameter(torch.zeros(2).bfloat16()))],
             r"parameter b is torch.bfloat16 .* but a is torch.float32",
+        ),
+        (nn.LazyLinear(3), "parameter weight has no shape yet: send a batch"),
+        (nn.Linear(3, 3, device="meta"), r"weight must be on cpu or cuda, got meta.*to_empty\(device"),
+        (
+            [("a", nn.Parameter(torch.ones(2, 2).to_sparse()))],
+            "a must be a plain dense tensor, got Tensor, torch.sp",
         ),
     ],
 )

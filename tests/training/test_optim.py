@@ -185,3 +185,23 @@ def test_clipping_closure_and_zero_grad():
     assert (optimizer.flat.data - before).norm().item() == pytest.approx(SCHEDULE.rate(0) * 1e-3, rel=1e-3)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_step_past_the_schedule_is_an_error_and_the_last_snapshot_stays():
+    net = network()
+    optimizer = SnapshotSGD(net.parameters(), Schedule("snapshot", 10, 2, 0.1))
+    shown = []
+    for _ in range(10):
+        train(net, optimizer, 1)
+        shown.append(optimizer.param_groups[0]["lr"])
+    assert shown[-3:] == pytest.approx([0.034549, 0.009549, 0.0], rel=1e-4)
+    before = optimizer.flat.data.clone()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"got 10: the schedule has 10 updates .* make one with more steps"
+        ):
+            optimizer.step()
+    assert torch.equal(optimizer.flat.data, before)
+    assert optimizer.updates() == 10
+    with pytest.raises(ValueError, match="got 11"):
+        optimizer.seek(11)

@@ -43,8 +43,12 @@ def test_what_cannot_work_is_refused():
     SnapshotSGD(net.parameters(), SCHEDULE)
     with pytest.raises(ValueError, match=r"no longer are views of flat.data \(0.weight, 6 in all\)"):
         optimizer.step()
-    with pytest.raises(ValueError, match="flat must hold exactly"):
+    with pytest.raises(
+        ValueError, match=r"flat must hold exactly.*; only in it: \['1.weight', '1.bias', '3.wei"
+    ):
         SnapshotSGD(net[0].parameters(), SCHEDULE, flat=FlatParameters(net))
+    with pytest.raises(ValueError, match=r"flat must hold exactly.*; not in it: \['3.weight', '3.bias'\]$"):
+        SnapshotSGD(net.named_parameters(), SCHEDULE, flat=FlatParameters(net[:3]))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,7 @@ def with_other_decay() -> dict:
         (
             saved_by_torch,
             {},
-            r"no \['averaged', 'updates'\].*copy the momentum buffers .* call seek\(updates\)",
+            r"no 'step' of each parameter.*copy the momentum buffers .* call seek\(updates\)",
         ),
         (lambda: saved_by(network()), {"average_decay": 0.9}, "of parameter 0, .* the same average_decay"),
         (lambda: saved_by(network(), average_decay=0.9), {}, "of parameter 0, .* the same average_decay"),

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsnap.kernels.schedule import Schedule
@@ -74,6 +76,22 @@ def test_one_process(one_process, first, bucket_view, channels_last):
     options = {"first": first, "bucket_view": bucket_view, "channels_last": channels_last}
     ours = train_ours(0, dtype=torch.float32, **options)
     torch.testing.assert_close(ours, train_torch(1, torch.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_sharded_parameters_are_refused_with_the_way_out(one_process):
+    net = network(0)
+    fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(
+        ValueError, match=r"0\.weight must be a plain dense tensor, got DTensor.*DistributedDataParallel"
+    ):
+        SnapshotSGD(net.named_parameters(), SCHEDULE)
+
+
+def test_a_sharding_optimizer_around_it_is_refused_with_the_way_out(one_process):
+    with pytest.raises(
+        ValueError, match=r"schedule is an argument of SnapshotSGD.*ZeroRedundancy.*DistributedData"
+    ):
+        ZeroRedundancyOptimizer(network(0).parameters(), SnapshotSGD, schedule=SCHEDULE)
 
 
 def train_as_one_of_two(rank: int, folder: str) -> None:
