@@ -26,12 +26,13 @@ setup(
         Extension(
             "fastsnap.kernels._cpu",
             sources=[
+                "kernels/instructions.cpp",
                 "kernels/update_cpu.cpp",
                 "kernels/averaging_cpu.cpp",
                 "kernels/batch_norm_cpu.cpp",
                 "kernels/convolution_cpu.cpp",
             ],
-            depends=["kernels/cpu.h", "kernels/lanes.h"],
+            depends=["kernels/instructions.h", "kernels/cpu.h", "kernels/lanes.h"],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math"],
             extra_link_args=["-fopenmp"],
         )

@@ -4,72 +4,24 @@ import copy
 
 import pytest
 import torch
+from batch_norm_cases import (
+    RELATIVE,
+    activations,
+    agrees,
+    batch_norm_cases,
+    check_against_float64,
+    make_norm,
+)
 from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from fastsnap.kernels.batch_norm import fused_batch_norm_relu, is_fusible, reference_batch_norm_relu
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 
-# Of one rounding to the type: 2^-8 for bf16's 8 bits; in fp32 a few more happen on the way.
-RELATIVE = {torch.float32: 4e-6, torch.bfloat16: 2**-8}
 
-
-def make_norm(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels)
-    with torch.no_grad():
-        norm.weight.uniform_(0.5, 2)
-        norm.bias.normal_()
-        norm.running_mean.normal_()
-    return norm
-
-
-def activations(shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> Tensor:
-    values = (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=torch.channels_last)
-    return values.requires_grad_()
-
-
-def agrees(found: Tensor, expected: Tensor, relative: float) -> bool:
-    scale = expected.abs().max().clamp_min(1e-3)
-    return bool(((found.double() - expected).abs() <= relative * (expected.abs() + scale)).all())
-
-
-@given(
-    images=st.integers(1, 5),
-    channels=st.sampled_from([16, 32, 48, 64, 112]),
-    size=st.integers(2, 9),
-    dtype=st.sampled_from(list(RELATIVE)),
-    with_shortcut=st.booleans(),
-    mean=st.sampled_from([0.0, -3.0, 100.0]),
-)
-def test_output_statistics_and_gradients_agree_with_float64(
-    images, channels, size, dtype, with_shortcut, mean
-):
-    torch.manual_seed(0)
-    shape = (2 * images, channels, size, size)
-    norm, relative = make_norm(channels), RELATIVE[dtype]
-    exact = copy.deepcopy(norm).double()
-    input = activations(shape, dtype, mean)
-    shortcut = activations(shape, dtype) if with_shortcut else None
-    assert is_fusible(norm, input, shortcut)
-    output = fused_batch_norm_relu(norm, input, shortcut)
-    gradient = torch.randn_like(output)
-    output.backward(gradient)
-
-    exact_input = input.detach().double().requires_grad_()
-    exact_shortcut = None if shortcut is None else shortcut.detach().double().requires_grad_()
-    normalized = exact(exact_input)
-    exact_sum = normalized if exact_shortcut is None else normalized + exact_shortcut
-    exact_sum.backward(gradient.double() * (output > 0))  # a sum near 0 may round to either side
-    assert agrees(output, exact_sum.relu(), relative)
-    assert agrees(input.grad, exact_input.grad, 2 * relative)
-    assert agrees(norm.weight.grad, exact.weight.grad, 1e-4 if mean else 1e-5)
-    assert agrees(norm.bias.grad, exact.bias.grad, 1e-5)
-    if shortcut is not None:
-        assert torch.equal(shortcut.grad, gradient * (output > 0))
-    assert agrees(norm.running_mean, exact.running_mean, 1e-6)
-    assert agrees(norm.running_var, exact.running_var, 1e-5)
-    assert norm.num_batches_tracked == 1
+@given(batch_norm_cases())
+def test_output_statistics_and_gradients_agree_with_float64(case):
+    check_against_float64(case)
 
 
 @pytest.mark.parametrize("dtype", list(RELATIVE))
