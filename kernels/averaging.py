@@ -32,7 +32,8 @@ def average_members(
 ) -> EnsembleStatistics:
     """Statistics of the ensembles of m = 1..M members, in fp32.
 
-    logits         [M, N, C] fp32, bf16, fp16 or fp64, of any strides; finite in fp32
+    logits         [M, N, C] fp32, bf16, fp16 or fp64, of any strides; finite in fp32. Those of fp64 may be as large
+                   and as close to each other as they like: their distances are taken in fp64
     labels         integers [N] in 0..C-1, or None
     order          "last": the ensemble of m is the last m members; "first": the first m
     weights        [M] finite and > 0, one per member, normalised over the m members; default: equal

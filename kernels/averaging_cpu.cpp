@@ -38,6 +38,25 @@ INLINE Row read(const Type* logits, int64_t stride, int64_t classes, float* valu
     return {best, invalid};
 }
 
+// fp64 logits count as their distances from the largest of the row, which then is 0: rounded as they are, large ones
+// would lose what tells them apart.
+INLINE Row read(const double* logits, int64_t stride, int64_t classes, float* values) {
+    int invalid = 0;
+    double best = -INFINITY;
+#pragma omp simd reduction(| : invalid) reduction(max : best)
+    for (int64_t c = 0; c < classes; ++c) {
+        const double value = logits[c * stride];
+        invalid |= !(std::fabs(value) <= LARGEST);
+        best = value > best ? value : best;
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) {
+        const double distance = logits[c * stride] - best;
+        values[c] = static_cast<float>(distance < -LARGEST ? -LARGEST : distance);
+    }
+    return {0, invalid};
+}
+
 template <typename Type>
 INLINE Row read_row(const Type* logits, int64_t stride, int64_t classes, float* values) {
     // Adjacent classes get a loop of their own, since this one takes much of the time.

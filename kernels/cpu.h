@@ -34,8 +34,6 @@ INLINE uint32_t to_bits(float value) {
 
 INLINE float load(const float& value) { return value; }
 
-INLINE float load(const double& value) { return static_cast<float>(value); }
-
 INLINE float load(const BFloat16& value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 
 INLINE float load(const Float16& value) {
