@@ -68,7 +68,12 @@ class Convolution(torch.autograd.Function):
 def _weight_gradient(input: Tensor, output_gradient: Tensor, stride: int) -> Tensor:
     images, in_channels, height, width = input.shape
     _, out_channels, out_height, out_width = output_gradient.shape
-    gradient = torch.empty(out_channels, in_channels, 3, 3, memory_format=torch.channels_last)
+    gradient = torch.empty(
+        (out_channels, in_channels, 3, 3),
+        dtype=torch.float32,
+        device=input.device,
+        memory_format=torch.channels_last,
+    )
     arguments = ConvolutionArguments(
         input=input.data_ptr(),
         output_gradient=output_gradient.data_ptr(),

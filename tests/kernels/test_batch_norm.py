@@ -13,7 +13,7 @@ from batch_norm_cases import (
     make_norm,
 )
 from hypothesis import given
-from torch import nn
+from torch import Tensor, nn
 
 from fastsnap.kernels.batch_norm import fused_batch_norm_relu, is_fusible, reference_batch_norm_relu
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
@@ -105,6 +105,27 @@ def test_what_the_kernel_does_not_take_goes_through_pytorch(norm, input):
     assert not is_fusible(norm, input, None)
     other = copy.deepcopy(norm)
     assert torch.equal(fused_batch_norm_relu(norm, input), reference_batch_norm_relu(other, input))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64, "meta", "strided"])
+def test_parameters_and_statistics_are_read_in_fp32_on_the_cpu_or_not_at_all(name, other):
+    norm, input = make_norm(16), activations((2, 16, 4, 4), torch.float32)
+    assert is_fusible(norm, input, None)
+    values = torch.zeros(32)[::2] if other == "strided" else getattr(norm, name).detach().to(other)
+    setattr(norm, name, nn.Parameter(values) if name in ("weight", "bias") else values)
+    assert not is_fusible(norm, input, None)
+    assert not is_fusible(make_norm(16), input, torch.zeros_like(input, device="meta"))
+
+
+def test_saved_tensors_may_come_back_in_another_memory_order():
+    norm, input = make_norm(16), activations((2, 16, 4, 4), torch.float32)
+    gradient, found = torch.randn_like(input), []
+    for unpack in (Tensor.clone, Tensor.contiguous):
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, unpack):
+            output = fused_batch_norm_relu(norm, input)
+        found.append(torch.autograd.grad(output, [input, norm.weight, norm.bias], gradient))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_network_with_it_has_the_same_state_and_nearly_the_same_gradients():

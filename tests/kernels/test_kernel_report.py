@@ -8,7 +8,8 @@ import sys
 import pytest
 
 SCRIPT = """
-import io, json
+import io, json, torch
+torch.set_default_dtype(torch.bfloat16)  # which decides nothing: vectors are planned for the logits' own type
 from rich.console import Console
 from fastsnap.kernels import report
 variants = {architecture: report.variants(architecture) for architecture in report.ARCHITECTURES}
