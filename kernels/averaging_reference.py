@@ -104,7 +104,9 @@ def reference_averaging(
     statistics = EnsembleStatistics(
         prediction=prediction_MN,
         confidence=confidence_MN,
-        label_log_probability=None if labels is None else _of_label(log_mean_MNC, labels),
+        label_log_probability=(
+            None if labels is None else _of_label(log_mean_MNC, labels).clamp(min=-FP32.max)
+        ),
         label_rank=None if labels is None else _label_rank(mean_MNC, log_mean_MNC, labels),
         sum_of_squares=mean_MNC.square().sum(2),
         entropy=entropy_MN,
@@ -112,6 +114,33 @@ def reference_averaging(
         disagreement=torch.stack([(votes_MN[:m] != prediction_MN[m - 1]).sum(0).int() for m in count_M]),
         probabilities=mean_MNC[-1] if probabilities else None,
     )
+    return statistics, invalid_M
+
+
+def plain_averaging(
+    logits: Tensor,
+    labels: Tensor | None,
+    joining: Sequence[int],
+    weights_M: Sequence[float],
+    temperature: float,
+    probabilities: bool,
+) -> tuple[EnsembleStatistics, Tensor]:
+    """`reference_averaging` in a kernel's types, a few samples at a time: for where there is no kernel."""
+    members, samples, classes = logits.shape
+    statistics = empty_statistics(logits, labels, probabilities)
+    invalid_M = torch.zeros(members, dtype=torch.int64, device=logits.device)
+    at_once = max(1, AT_ONCE // (members * classes))
+    for begin in range(0, samples, at_once):
+        some = slice(begin, begin + at_once)
+        labels_N = None if labels is None else labels[some]
+        part, invalid = reference_averaging(
+            logits[:, some], labels_N, joining, weights_M, temperature, probabilities
+        )
+        invalid_M += invalid
+        for name, values in vars(statistics).items():
+            if values is not None:  # [M, N], and probabilities [N, C]
+                place = values[some] if name == "probabilities" else values[:, some]
+                place.copy_(getattr(part, name))
     return statistics, invalid_M
 
 

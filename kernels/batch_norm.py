@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .cpu import has_library
+
 DTYPES = (torch.float32, torch.bfloat16)
 CHANNELS_MULTIPLE, ELEMENTS_MULTIPLE = 16, 32  # what the CPU kernel handles at a time
 
@@ -52,6 +54,7 @@ def is_fusible(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor | None) -> 
         and input.numel() > input.shape[1]  # one value per channel: PyTorch refuses it
         and input.is_contiguous(memory_format=torch.channels_last)
         and (shortcut is None or _is_like(shortcut, input))
+        and has_library()  # last: it warns where there is none
     )
 
 

@@ -7,6 +7,9 @@ weights is a sum of products over all pixels; the kernel gives it in fp32, where
 import torch
 from torch import Tensor, nn
 
+from .convolution_cpu import Convolution, has_instructions
+from .cpu import has_library
+
 MOST_CHANNELS = 64  # from 128 on PyTorch's kernel is at least as fast
 CHANNELS_MULTIPLE = 16  # what the CPU kernel handles at a time
 
@@ -25,8 +28,6 @@ def fast_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
     """
     if not is_supported(convolution, input):
         return reference_convolution(convolution, input)
-    from .convolution_cpu import Convolution
-
     return Convolution.apply(input, convolution.weight, convolution.stride[0])
 
 
@@ -49,11 +50,8 @@ def is_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
     ):
         return False
-    from .convolution_cpu import has_instructions
-
     return (
-        has_instructions()
-        and convolution.kernel_size == (3, 3)
+        convolution.kernel_size == (3, 3)
         and convolution.padding == convolution.dilation == (1, 1)
         and convolution.padding_mode == "zeros"
         and convolution.stride in ((1, 1), (2, 2))
@@ -64,4 +62,6 @@ def is_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
         and input.numel() > 0
         and input.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)
+        and has_library()  # late: it warns where there is none
+        and has_instructions()
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .cpu import library
+from .cpu import is_built, library
 
 PADDING = (1, 1)
 
@@ -28,8 +28,8 @@ class ConvolutionArguments(ctypes.Structure):
 
 @functools.cache
 def has_instructions() -> bool:
-    """Whether this processor, and the compiler of the kernels, know AVX512-BF16."""
-    return bool(library().fastsnap_convolution_supported())
+    """Whether there are kernels, and this processor and their compiler know AVX512-BF16."""
+    return is_built() and bool(library().fastsnap_convolution_supported())
 
 
 class Convolution(torch.autograd.Function):

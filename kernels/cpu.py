@@ -3,9 +3,10 @@
 import contextlib
 import ctypes
 import functools
-import importlib.util
+import importlib.machinery
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import Tensor  # first torch, then the library: both then share one pool of OpenMP threads
 
@@ -15,7 +16,8 @@ REMEDY = "install a C++ compiler (Debian: apt install g++), then fastsnap once m
 
 @functools.cache
 def _library_file() -> str | None:
-    found = importlib.util.find_spec(f"{__package__}._cpu")
+    # Beside this file only: the library of another fastsnap on the path may not fit.
+    found = importlib.machinery.PathFinder.find_spec(f"{__package__}._cpu", [str(Path(__file__).parent)])
     return None if found is None else found.origin
 
 
@@ -42,7 +44,8 @@ def has_library() -> bool:
 def _warn_of_references() -> bool:
     warnings.warn(
         "fastsnap was installed without a C++ compiler, so on the CPU plain PyTorch does the work of its kernels: the "
-        f"same results up to rounding, but several times slower. To get them, {REMEDY}",
+        "same results up to rounding, but an update takes about 5 times as long, batch normalisation 2 times, an "
+        f"ensemble's average 80 times. To get them, {REMEDY}",
         stacklevel=3,
     )
     return False

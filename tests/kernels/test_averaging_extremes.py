@@ -7,17 +7,14 @@ import torch
 from torch import Tensor
 
 from fastsnap.kernels.averaging_cpu import cpu_averaging
-from fastsnap.kernels.averaging_reference import EnsembleStatistics, reference_averaging
+from fastsnap.kernels.averaging_reference import EnsembleStatistics, plain_averaging, reference_averaging
 from fastsnap.kernels.averaging_triton import triton_averaging
-from fastsnap.kernels.cpu import is_built
 
-CPU = pytest.param(
-    cpu_averaging, id="cpu", marks=pytest.mark.skipif(not is_built(), reason="the C++ kernels are not built")
-)
 IMPLEMENTATIONS = [
-    CPU,
+    pytest.param(cpu_averaging, id="cpu", marks=pytest.mark.needs_library),
     pytest.param(triton_averaging, id="triton"),
     pytest.param(reference_averaging, id="reference"),
+    pytest.param(plain_averaging, id="plain"),
 ]
 every_averaging = pytest.mark.parametrize("averaging", IMPLEMENTATIONS)
 

@@ -19,11 +19,13 @@ from fastsnap.kernels.batch_norm import fused_batch_norm_relu, is_fusible, refer
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 
 
+@pytest.mark.needs_library
 @given(batch_norm_cases())
 def test_output_statistics_and_gradients_agree_with_float64(case):
     check_against_float64(case)
 
 
+@pytest.mark.needs_library
 @pytest.mark.parametrize("dtype", list(RELATIVE))
 @pytest.mark.parametrize("with_shortcut", [False, True])
 def test_evaluation_agrees_with_float64_and_leaves_the_statistics(dtype, with_shortcut):
@@ -44,6 +46,7 @@ def test_evaluation_agrees_with_float64_and_leaves_the_statistics(dtype, with_sh
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
+@pytest.mark.needs_library
 @pytest.mark.parametrize("dtype", list(RELATIVE))
 def test_bits_do_not_depend_on_the_number_of_threads(dtype):
     results = []
@@ -107,6 +110,7 @@ def test_what_the_kernel_does_not_take_goes_through_pytorch(norm, input):
     assert torch.equal(fused_batch_norm_relu(norm, input), reference_batch_norm_relu(other, input))
 
 
+@pytest.mark.needs_library
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("other", [torch.bfloat16, torch.float64, "meta", "strided"])
 def test_parameters_and_statistics_are_read_in_fp32_on_the_cpu_or_not_at_all(name, other):
@@ -118,6 +122,7 @@ def test_parameters_and_statistics_are_read_in_fp32_on_the_cpu_or_not_at_all(nam
     assert not is_fusible(make_norm(16), input, torch.zeros_like(input, device="meta"))
 
 
+@pytest.mark.needs_library
 def test_saved_tensors_may_come_back_in_another_memory_order():
     norm, input = make_norm(16), activations((2, 16, 4, 4), torch.float32)
     gradient, found = torch.randn_like(input), []

@@ -16,10 +16,10 @@ from update_cases import check_against_reference
 
 from fastsnap.kernels.averaging import average_members
 from fastsnap.kernels.averaging_cpu import cpu_averaging
-from fastsnap.kernels.cpu import INSTRUCTION_SETS, instruction_sets, is_built, using_instructions
+from fastsnap.kernels.cpu import INSTRUCTION_SETS, instruction_sets, using_instructions
 from fastsnap.kernels.update_cpu import CpuUpdate
 
-pytestmark = pytest.mark.skipif(not is_built(), reason="the C++ kernels are not built")
+pytestmark = pytest.mark.needs_library
 
 
 def on_every_set(work: Callable[[], Iterable[Tensor | None]]) -> list[list[Tensor]]:
