@@ -1,13 +1,53 @@
 """Packaging: the Triton kernels of `kernels/` are installed as `fastsnap.kernels`."""
 
 import re
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
 ROOMS = ("ensemble", "training", "data", "nets")
+PROBE = "#include <omp.h>\n#include <vector>\nint threads() { return std::vector<int>{omp_get_max_threads()}[0]; }\n"
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastsnap" / "__init__.py").read_text())[1]
+
+
+class BuildKernels(build_ext):
+    """Where no C++ compiler works, says so and installs without the kernels: PyTorch then does their work.
+
+    Errors in the kernels themselves go on being errors.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        problem = self._compiler_problem(ext)
+        if problem is None:
+            super().build_extension(ext)
+        else:
+            ext.optional = True  # nobody asks for the file then
+            print(
+                f"fastsnap: installing without its C++ kernels, no C++ compiler with OpenMP works here: {problem}"
+            )
+
+    def _compiler_problem(self, ext: Extension) -> str | None:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text(PROBE)
+            try:
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=ext.extra_compile_args
+                )
+                self.compiler.link_shared_object(
+                    objects,
+                    str(Path(folder) / "probe.so"),
+                    extra_postargs=ext.extra_link_args,
+                    target_lang="c++",
+                )
+            except (CCompilerError, OSError) as error:
+                return str(error)
+        return None
+
 
 setup(
     name="fastsnap",
@@ -20,19 +60,22 @@ setup(
     # By hand: `kernels` is a popular name on PyPI, so it must never be installed as a top-level package.
     packages=["fastsnap", *(f"fastsnap.{room}" for room in ROOMS), "fastsnap.kernels"],
     package_dir={"fastsnap": "fastsnap", "fastsnap.kernels": "kernels"},
+    package_data={"fastsnap": ["py.typed"]},
+    cmdclass={"build_ext": BuildKernels},
     # A plain shared library behind ctypes: needs neither Python's nor torch's headers, only a C++ compiler. A fused
     # multiply-add happens where one is written and nowhere else, so that all machines round alike.
     ext_modules=[
         Extension(
             "fastsnap.kernels._cpu",
             sources=[
+                "kernels/instructions.cpp",
                 "kernels/update_cpu.cpp",
                 "kernels/averaging_cpu.cpp",
                 "kernels/batch_norm_cpu.cpp",
                 "kernels/convolution_cpu.cpp",
                 "kernels/winograd_cpu.cpp",
             ],
-            depends=["kernels/cpu.h", "kernels/lanes.h", "kernels/winograd.h"],
+            depends=["kernels/instructions.h", "kernels/cpu.h", "kernels/lanes.h", "kernels/winograd.h"],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math"],
             extra_link_args=["-fopenmp"],
         )

@@ -4,17 +4,19 @@ The softmax outputs of the members join the average one after the other; after e
 once, so that [M, N, C] probabilities are never written. Floor: each logit is read once. The temperature divides a
 logit's distance from the largest of its row, not the logit, whose rounding would be as large as the logits are.
 
-This file is the way in: it checks the arguments and chooses the kernel, `averaging_cpu` or `averaging_triton`.
+This file is the way in: it checks the arguments and chooses the kernel, `averaging_cpu` or `averaging_triton`;
+without a C++ compiler the reference does the work.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .averaging_reference import EnsembleStatistics
+from .averaging_reference import EnsembleStatistics, plain_averaging
+from .cpu import has_library
 
 Order = Literal["last", "first"]
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,7 +34,8 @@ def average_members(
 ) -> EnsembleStatistics:
     """Statistics of the ensembles of m = 1..M members, in fp32.
 
-    logits         [M, N, C] fp32, bf16, fp16 or fp64, of any strides; finite in fp32
+    logits         [M, N, C] fp32, bf16, fp16 or fp64, of any strides; finite in fp32. Those of fp64 may be as large
+                   and as close to each other as they like: their distances are taken in fp64
     labels         integers [N] in 0..C-1, or None
     order          "last": the ensemble of m is the last m members; "first": the first m
     weights        [M] finite and > 0, one per member, normalised over the m members; default: equal
@@ -50,15 +53,23 @@ def average_members(
     joining = list(range(members)) if order == "first" else list(range(members - 1, -1, -1))
     weights_M = _checked_weights(weights, members)
     in_order = [weights_M[member] for member in joining]
-    if logits.is_cuda:
-        from .averaging_triton import triton_averaging as averaging
-    else:
-        from .averaging_cpu import cpu_averaging as averaging
-    statistics, invalid_M = averaging(
+    statistics, invalid_M = _kernel(logits.device)(
         logits.detach().resolve_neg(), labels_N, joining, in_order, temperature, probabilities
     )
     _require_finite(dict(zip(joining, invalid_M.tolist(), strict=True)), logits.shape[1])
     return statistics
+
+
+def _kernel(device: torch.device) -> Callable[..., tuple[EnsembleStatistics, Tensor]]:
+    if device.type == "cuda":
+        from .averaging_triton import triton_averaging
+
+        return triton_averaging
+    if has_library():
+        from .averaging_cpu import cpu_averaging
+
+        return cpu_averaging
+    return plain_averaging
 
 
 def _check_logits(logits: Tensor) -> None:

@@ -1,7 +1,9 @@
 // Statistics of the ensembles of m = 1..M members, sample by sample: see EnsembleStatistics in averaging.py.
 //
 // A sample's classes stay in the nearest cache while all members are added, so each logit is read once from memory.
-// Sums run in fp32 over blocks of classes and in fp64 over the blocks: 1e-6 for tens of thousands of classes too.
+// Sums run in fp32 over blocks of classes and in fp64 over the blocks: 1e-6 for tens of thousands of classes too. A
+// block's sum has as many parts as a vector has elements, so its last bits depend on the instruction set; they do not
+// depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -36,17 +38,32 @@ INLINE Row read(const Type* logits, int64_t stride, int64_t classes, float* valu
     return {best, invalid};
 }
 
-// A version for adjacent classes, since this loop takes much of the time.
-#define READ(Type)                                                                               \
-    CLONES Row read_row(const Type* logits, int64_t stride, int64_t classes, float* values) {    \
-        return stride == 1 ? read(logits, 1, classes, values) : read(logits, stride, classes, values); \
+// fp64 logits count as their distances from the largest of the row, which then is 0: rounded as they are, large ones
+// would lose what tells them apart.
+INLINE Row read(const double* logits, int64_t stride, int64_t classes, float* values) {
+    int invalid = 0;
+    double best = -INFINITY;
+#pragma omp simd reduction(| : invalid) reduction(max : best)
+    for (int64_t c = 0; c < classes; ++c) {
+        const double value = logits[c * stride];
+        invalid |= !(std::fabs(value) <= LARGEST);
+        best = value > best ? value : best;
     }
-READ(float)
-READ(double)
-READ(BFloat16)
-READ(Float16)
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) {
+        const double distance = logits[c * stride] - best;
+        values[c] = static_cast<float>(distance < -LARGEST ? -LARGEST : distance);
+    }
+    return {0, invalid};
+}
 
-CLONES int32_t first_index(const float* values, int32_t classes, float value) {
+template <typename Type>
+INLINE Row read_row(const Type* logits, int64_t stride, int64_t classes, float* values) {
+    // Adjacent classes get a loop of their own, since this one takes much of the time.
+    return stride == 1 ? read(logits, 1, classes, values) : read(logits, stride, classes, values);
+}
+
+INLINE int32_t first_index(const float* values, int32_t classes, float value) {
     int32_t first = classes;
 #pragma omp simd reduction(min : first)
     for (int32_t c = 0; c < classes; ++c) {
@@ -56,7 +73,7 @@ CLONES int32_t first_index(const float* values, int32_t classes, float value) {
     return first;
 }
 
-CLONES int32_t classes_before(const float* values, int32_t classes, int32_t label) {
+INLINE int32_t classes_before(const float* values, int32_t classes, int32_t label) {
     const float value = values[label];
     int32_t before = 0;
 #pragma omp simd reduction(+ : before)
@@ -91,7 +108,7 @@ INLINE Softmax exponentials(float* values, int64_t classes, float best, float te
     return {sum, log_sum, log_sum - weighted / sum};
 }
 
-CLONES Softmax softmax_of(float* values, int64_t classes, float best, float temperature) {
+INLINE Softmax softmax_of(float* values, int64_t classes, float best, float temperature) {
     return temperature == 1.0f ? exponentials<false>(values, classes, best, 1.0f)
                                : exponentials<true>(values, classes, best, temperature);
 }
@@ -101,7 +118,7 @@ struct Reduction {
     double squares, entropy;
 };
 
-CLONES Reduction add_and_reduce(float* sums, const float* powers, int64_t classes, float factor, float inverse_total) {
+INLINE Reduction add_and_reduce(float* sums, const float* powers, int64_t classes, float factor, float inverse_total) {
     Reduction all{0, 0, 0};
     float best = 0;
     for (int64_t begin = 0; begin < classes; begin += BLOCK) {
@@ -166,7 +183,7 @@ double add_logs(double a, double b) {  // log(exp(a) + exp(b))
 }
 
 template <typename Type>
-float read_logits(const Averaging& job, int64_t m, int64_t sample, float* values) {
+INLINE float read_logits(const Averaging& job, int64_t m, int64_t sample, float* values) {
     const Type* logits =
         static_cast<const Type*>(job.logits) + job.order[m] * job.member_stride + sample * job.sample_stride;
     const Row row = read_row(logits, job.class_stride, job.classes, values);
@@ -177,8 +194,8 @@ float read_logits(const Averaging& job, int64_t m, int64_t sample, float* values
     return row.best;
 }
 
-void add_member(const Averaging& job, int64_t m, int64_t sample, float best, const Weight& weight, Scratch& scratch,
-                Progress& progress) {
+INLINE void add_member(const Averaging& job, int64_t m, int64_t sample, float best, const Weight& weight,
+                       Scratch& scratch, Progress& progress) {
     const int64_t out = m * job.samples + sample, padded = static_cast<int64_t>(scratch.sums.size());
     const int32_t classes = static_cast<int32_t>(padded);
     float *sums = scratch.sums.data(), *values = scratch.values.data();
@@ -208,7 +225,7 @@ void add_member(const Averaging& job, int64_t m, int64_t sample, float best, con
 }
 
 template <typename Type>
-void average_sample(const Averaging& job, int64_t sample, const std::vector<Weight>& weights, Scratch& scratch) {
+INLINE void average_sample(const Averaging& job, int64_t sample, const std::vector<Weight>& weights, Scratch& scratch) {
     std::fill(scratch.sums.begin(), scratch.sums.end(), 0.0f);
     Progress progress;
     for (int64_t m = 0; m < job.members; ++m) {
@@ -234,7 +251,7 @@ void average_samples(const Averaging& job) {
         Scratch scratch{std::vector<float>(padded), std::vector<float>(padded), std::vector<int32_t>(weights.size())};
 #pragma omp for schedule(static)
         for (int64_t sample = 0; sample < job.samples; ++sample)
-            average_sample<Type>(job, sample, weights, scratch);
+            in_force<average_sample<Type>>(job, sample, weights, scratch);
     }
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .averaging_reference import PER_SAMPLE, EnsembleStatistics, empty_statistics
+from .averaging_reference import PER_SAMPLE, EnsembleStatistics, empty_statistics, rank_far_labels
 from .averaging_weights import weight_tables
 from .cpu import address, library
 
@@ -44,7 +44,7 @@ def cpu_averaging(
 ) -> tuple[EnsembleStatistics, Tensor]:
     """`reference_averaging` in one pass, in fp32 whatever the type of the logits."""
     statistics = empty_statistics(logits, labels, probabilities)
-    invalid_M = torch.zeros(len(logits), dtype=torch.int64)
+    invalid_M = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     labels = None if labels is None else labels.long().contiguous()
     order_table = array("q", joining)
     rescalings, weights, totals = (array("d", table) for table in weight_tables(weights_M))
@@ -68,4 +68,6 @@ def cpu_averaging(
         temperature=temperature,
     )
     library().fastsnap_average(ctypes.byref(arguments))
+    if labels is not None:
+        rank_far_labels(statistics, logits, labels, joining, weights_M, temperature)
     return statistics, invalid_M

@@ -1,10 +1,13 @@
 """What an averaging computes, and how in plain PyTorch: both kernels are tested against it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .averaging_weights import weight_tables
 
 PER_SAMPLE = {
     "prediction": torch.int64,
@@ -17,6 +20,11 @@ PER_SAMPLE = {
     "disagreement": torch.int32,
 }
 OF_LABEL = ("label_log_probability", "label_rank")
+FP32 = torch.finfo(torch.float32)
+FAR = math.log(
+    1e-30
+)  # log-probability of a label below which fp32 soon cannot tell averaged probabilities apart
+AT_ONCE = 2**22  # fp64 numbers [M, samples, C]: 32 MB
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,10 @@ class EnsembleStatistics:
     confidence             float32 [M, N], its probability
     label_log_probability  float32 [M, N], finite however improbable the label is (at least -3.4e38); None
                            without labels
-    label_rank             int32 [M, N], number of classes before the label, ties go to the smallest class; None
-                           without labels
+    label_rank             int32 [M, N], number of classes before the label: those whose averaged probability is
+                           larger, or equal while their index is smaller. Probabilities are compared as the kernel
+                           has them, in fp32; where the label's is below 1e-30, so that others of its size would
+                           underflow, their logarithms are, in fp64. None without labels
     sum_of_squares         float32 [M, N], of the probabilities
     entropy                float32 [M, N], of the averaged probabilities, in nats (total uncertainty)
     mutual_information     float32 [M, N], entropy less the members' average entropy, in nats, >= 0
@@ -61,7 +71,9 @@ def empty_statistics(logits: Tensor, labels: Tensor | None, probabilities: bool)
     }
     if labels is None:
         fields |= dict.fromkeys(OF_LABEL)
-    mean = torch.empty(samples, classes, device=logits.device) if probabilities else None
+    mean = None
+    if probabilities:
+        mean = torch.empty(samples, classes, dtype=torch.float32, device=logits.device)
     return EnsembleStatistics(**fields, probabilities=mean)  # type: ignore[arg-type]
 
 
@@ -79,25 +91,23 @@ def reference_averaging(
     Returns the statistics and int64 [M], the number of samples with NaN or infinite logits, in that order.
     """
     logits_MNC = logits[list(joining)].double()
-    invalid_M = (~torch.isfinite(logits_MNC)).any(2).sum(1)
-    logits_MNC = (logits_MNC - logits_MNC.amax(2, keepdim=True)) / temperature
-    weights_M1 = torch.tensor(weights_M, dtype=torch.float64, device=logits.device)[:, None]
-    weights_M1 = weights_M1 / weights_M1.max()
-    totals_M1 = weights_M1.cumsum(0)
-    log_MNC = logits_MNC.log_softmax(2)
+    invalid_M = (~(logits_MNC.abs() <= FP32.max)).any(2).sum(1)
+    log_MNC = _log_softmax(logits_MNC, temperature)
+    log_mean_MNC = _log_average(log_MNC, weights_M)
     members_MNC = log_MNC.exp()
-    mean_MNC = (weights_M1[:, :, None] * members_MNC).cumsum(0) / totals_M1[:, :, None]
+    mean_MNC = _running_average(members_MNC, weights_M)
     confidence_MN, prediction_MN = mean_MNC.max(2)
     entropy_MN = torch.special.entr(mean_MNC).sum(2)
-    member_entropy_MN = -(members_MNC * log_MNC).sum(2)
-    expected_MN = (weights_M1 * member_entropy_MN).cumsum(0) / totals_M1
+    expected_MN = _running_average(-(members_MNC * log_MNC).sum(2), weights_M)
     votes_MN = logits_MNC.argmax(2)
     count_M = range(1, len(logits) + 1)
     statistics = EnsembleStatistics(
         prediction=prediction_MN,
         confidence=confidence_MN,
-        label_log_probability=None if labels is None else _log_label(log_MNC, labels, weights_M1),
-        label_rank=None if labels is None else _rank(mean_MNC, labels),
+        label_log_probability=(
+            None if labels is None else _of_label(log_mean_MNC, labels).clamp(min=-FP32.max)
+        ),
+        label_rank=None if labels is None else _label_rank(mean_MNC, log_mean_MNC, labels),
         sum_of_squares=mean_MNC.square().sum(2),
         entropy=entropy_MN,
         mutual_information=(entropy_MN - expected_MN).clamp(min=0),
@@ -107,14 +117,85 @@ def reference_averaging(
     return statistics, invalid_M
 
 
-def _log_label(log_MNC: Tensor, labels: Tensor, weights_M1: Tensor) -> Tensor:
-    index_MN1 = labels.long()[None, :, None].expand(len(log_MNC), -1, 1)
-    weighted_MN = log_MNC.gather(2, index_MN1)[:, :, 0] + weights_M1.log()
-    return weighted_MN.logcumsumexp(0) - weights_M1.cumsum(0).log()
+def plain_averaging(
+    logits: Tensor,
+    labels: Tensor | None,
+    joining: Sequence[int],
+    weights_M: Sequence[float],
+    temperature: float,
+    probabilities: bool,
+) -> tuple[EnsembleStatistics, Tensor]:
+    """`reference_averaging` in a kernel's types, a few samples at a time: for where there is no kernel."""
+    members, samples, classes = logits.shape
+    statistics = empty_statistics(logits, labels, probabilities)
+    invalid_M = torch.zeros(members, dtype=torch.int64, device=logits.device)
+    at_once = max(1, AT_ONCE // (members * classes))
+    for begin in range(0, samples, at_once):
+        some = slice(begin, begin + at_once)
+        labels_N = None if labels is None else labels[some]
+        part, invalid = reference_averaging(
+            logits[:, some], labels_N, joining, weights_M, temperature, probabilities
+        )
+        invalid_M += invalid
+        for name, values in vars(statistics).items():
+            if values is not None:  # [M, N], and probabilities [N, C]
+                place = values[some] if name == "probabilities" else values[:, some]
+                place.copy_(getattr(part, name))
+    return statistics, invalid_M
 
 
-def _rank(mean_MNC: Tensor, labels: Tensor) -> Tensor:
-    label_N1 = labels.long()[:, None]
-    of_label_MN1 = mean_MNC.gather(2, label_N1.expand(len(mean_MNC), -1, -1))
-    earlier_NC = torch.arange(mean_MNC.shape[2], device=labels.device) < label_N1
-    return ((mean_MNC > of_label_MN1) | ((mean_MNC == of_label_MN1) & earlier_NC)).sum(2).int()
+def rank_far_labels(
+    statistics: EnsembleStatistics,
+    logits: Tensor,
+    labels: Tensor,
+    joining: Sequence[int],
+    weights_M: Sequence[float],
+    temperature: float,
+) -> None:
+    """Rank the labels that are too improbable for a kernel's fp32 again, in fp64: writes into `statistics`."""
+    assert statistics.label_log_probability is not None
+    assert statistics.label_rank is not None
+    far_MN = statistics.label_log_probability < FAR
+    at_once = max(1, AT_ONCE // (len(logits) * logits.shape[2]))
+    for samples in far_MN.any(0).nonzero()[:, 0].split(at_once):
+        logits_MNC = logits[:, samples][list(joining)].double()
+        log_mean_MNC = _log_average(_log_softmax(logits_MNC, temperature), weights_M)
+        rank_MN = _classes_before(log_mean_MNC, labels[samples])
+        known_MN = statistics.label_rank[:, samples]
+        statistics.label_rank[:, samples] = torch.where(far_MN[:, samples], rank_MN, known_MN)
+
+
+def _log_softmax(logits_MNC: Tensor, temperature: float) -> Tensor:
+    return ((logits_MNC - logits_MNC.amax(2, keepdim=True)) / temperature).log_softmax(2)
+
+
+def _running_average(values: Tensor, weights_M: Sequence[float]) -> Tensor:
+    """Of the first m of M values, for m = 1..M; [M, ...]."""
+    averages, total = [], torch.zeros_like(values[0])
+    for value, rescaling, weight, weights in zip(values, *weight_tables(weights_M), strict=True):
+        total = rescaling * total + weight * value
+        averages.append(total / weights)
+    return torch.stack(averages)
+
+
+def _log_average(log_MNC: Tensor, weights_M: Sequence[float]) -> Tensor:
+    """`_running_average` of the exponentials, as its logarithm."""
+    log_weights = [math.log(weight) for weight in weights_M]
+    log_weights_M11 = torch.tensor(log_weights, dtype=torch.float64, device=log_MNC.device)[:, None, None]
+    return (log_MNC + log_weights_M11).logcumsumexp(0) - log_weights_M11.logcumsumexp(0)
+
+
+def _of_label(values_MNC: Tensor, labels: Tensor) -> Tensor:
+    return values_MNC.gather(2, labels.long()[None, :, None].expand(len(values_MNC), -1, 1))[:, :, 0]
+
+
+def _label_rank(mean_MNC: Tensor, log_mean_MNC: Tensor, labels: Tensor) -> Tensor:
+    far_MN1 = (_of_label(log_mean_MNC, labels) < FAR)[:, :, None]
+    return _classes_before(torch.where(far_MN1, log_mean_MNC, mean_MNC), labels)
+
+
+def _classes_before(values_MNC: Tensor, labels: Tensor) -> Tensor:
+    of_label_MN1 = _of_label(values_MNC, labels)[:, :, None]
+    classes_C = torch.arange(values_MNC.shape[2], dtype=torch.int64, device=labels.device)
+    tied_MNC = (values_MNC == of_label_MN1) & (classes_C < labels.long()[:, None])
+    return ((values_MNC > of_label_MN1) | tied_MNC).sum(2).int()

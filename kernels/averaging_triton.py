@@ -20,10 +20,12 @@ from .averaging_passes import (
     inspect,
     join_label,
     largest,
+    largest_fp64,
     normaliser,
     read_block,
+    to_fp32,
 )
-from .averaging_reference import EnsembleStatistics
+from .averaging_reference import EnsembleStatistics, rank_far_labels
 from .averaging_weights import weight_tables
 
 FLOATS = ("confidence", "sum_of_squares", "entropy", "mutual_information", "label_log_probability")
@@ -32,7 +34,7 @@ LARGEST_BLOCK = 1024  # classes
 THREADS, MOST_THREADS = 128, 256  # of a program
 PER_THREAD = 4  # elements of a tile at most: 128 bits of fp32
 # Per thread. Without a limit the assembler spills some to make room for one more program.
-REGISTERS = {"adjacent classes": 80, "other strides": 96}
+REGISTERS = {"adjacent classes": 80, "other strides": 96, "fp64": 96}
 MAX_MEMBERS = 64
 WIDEST_LOAD = 16  # bytes
 
@@ -85,13 +87,20 @@ def averaging_kernel(
             tl.load(order + m) * member_stride + sample_N * sample_stride, VECTOR
         )
         class_C = tl.arange(0, CLASSES)
-        row_NC = read_block(logits_N, class_C, class_stride, present_N, classes) if ONE_BLOCK else None
-        best_N, vote_N, invalid_N = inspect(row_NC, logits_N, class_stride, present_N, classes, CLASSES)
+        offset_N = None
+        if logits.dtype.element_ty == tl.float64:
+            offset_N = largest_fp64(logits_N, class_stride, present_N, classes, CLASSES)
+        row_NC = None
+        if ONE_BLOCK:
+            row_NC = read_block(logits_N, offset_N, class_C, class_stride, present_N, classes)
+        best_N, vote_N, invalid_N = inspect(
+            row_NC, logits_N, offset_N, class_stride, present_N, classes, CLASSES
+        )
         count = tl.sum(invalid_N.to(tl.int64))
         if count > 0:
             tl.atomic_add(invalid + m, count)
         mass_N, entropy_N = normaliser(
-            row_NC, logits_N, class_stride, present_N, best_N, temperature, classes, CLASSES
+            row_NC, logits_N, offset_N, class_stride, present_N, best_N, temperature, classes, CLASSES
         )
         entropies_N = rescaling * entropies_N + weight * entropy_N
 
@@ -104,7 +113,7 @@ def averaging_kernel(
         for begin in range(0, classes, CLASSES):
             class_C = begin + tl.arange(0, CLASSES)
             inside = present_N[:, None] & (class_C < classes)[None, :]
-            logit_NC = block_of(row_NC, logits_N, class_C, class_stride, present_N, classes)
+            logit_NC = block_of(row_NC, logits_N, offset_N, class_C, class_stride, present_N, classes)
             if not ONE_BLOCK:
                 sum_NC = tl.load(sums_N[:, None] + class_C[None, :], mask=inside & (m > 0), other=0.0)
             power_NC = tl.exp(below_best(logit_NC, best_N, temperature))
@@ -138,7 +147,7 @@ def averaging_kernel(
         tl.store(integers_N, tl.sum(against_NV.to(tl.int32), 1), mask=present_N)
         if labels is not None:
             logit_N = tl.load(logits_N + label_N.to(tl.int64) * class_stride, mask=present_N, other=0.0)
-            below_N = tl.maximum((logit_N.to(tl.float32) - best_N) / temperature, LOWEST)
+            below_N = tl.maximum((to_fp32(logit_N, offset_N) - best_N) / temperature, LOWEST)
             label_best_N, label_sum_N = join_label(
                 label_best_N, label_sum_N, rescaling, weight, below_N - tl.log(mass_N)
             )
@@ -190,7 +199,8 @@ def tiles(logits: Tensor) -> dict[str, int]:
     samples = max(1, THREADS * per_thread // max(block, votes))
     threads = min(MOST_THREADS, samples * max(block, votes) // per_thread)
     sizes = {"classes": classes, "SAMPLES": samples, "CLASSES": block, "VOTES": votes, "VECTOR": vector}
-    registers = REGISTERS["adjacent classes" if logits.stride(2) == 1 else "other strides"]
+    kind = "adjacent classes" if logits.stride(2) == 1 else "other strides"
+    registers = REGISTERS["fp64" if logits.dtype == torch.float64 else kind]
     return sizes | {"num_warps": threads // 32, "maxnreg": registers}
 
 
@@ -207,19 +217,19 @@ def triton_averaging(
     device = logits.device
     of_label = 0 if labels is None else 1
     prediction = torch.empty(members, samples, dtype=torch.int64, device=device)
-    floats = torch.empty(4 + of_label, members, samples, device=device)
+    floats = torch.empty(4 + of_label, members, samples, dtype=torch.float32, device=device)
     integers = torch.empty(1 + of_label, members, samples, dtype=torch.int32, device=device)
     invalid_M = torch.zeros(members, dtype=torch.int64, device=device)
     sizes = tiles(logits)
     tables = weight_tables(weights_M)
     written = probabilities or classes > sizes["CLASSES"]
-    mean = torch.empty(samples, classes, device=device) if written else None
+    mean = torch.empty(samples, classes, dtype=torch.float32, device=device) if written else None
     if samples:
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             averaging_kernel[(triton.cdiv(samples, sizes["SAMPLES"]),)](
                 logits,
                 None if labels is None else labels.long().contiguous(),
-                torch.tensor(joining, device=device),
+                torch.tensor(joining, dtype=torch.int64, device=device),
                 *(torch.tensor(table, dtype=torch.float32, device=device) for table in tables),
                 prediction,
                 floats,
@@ -237,4 +247,7 @@ def triton_averaging(
     fields = {"label_log_probability": None, "label_rank": None} | fields
     if mean is not None and classes > sizes["CLASSES"]:
         mean = mean.div_(tables[2][-1]) if probabilities else None
-    return EnsembleStatistics(prediction=prediction, probabilities=mean, **fields), invalid_M
+    statistics = EnsembleStatistics(prediction=prediction, probabilities=mean, **fields)
+    if labels is not None:
+        rank_far_labels(statistics, logits, labels, joining, weights_M, temperature)
+    return statistics, invalid_M

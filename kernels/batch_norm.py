@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .cpu import has_library
+
 DTYPES = (torch.float32, torch.bfloat16)
 CHANNELS_MULTIPLE, ELEMENTS_MULTIPLE = 16, 32  # what the CPU kernel handles at a time
 
@@ -35,19 +37,36 @@ def fused_batch_norm_relu(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor 
 
 def is_fusible(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor | None) -> bool:
     """Whether the kernel takes it: in training, or in evaluation without gradients, on a CPU, in fp32 or bf16,
-    channels-last, a multiple of 16 channels.
+    channels-last, a multiple of 16 channels; weights and running statistics in fp32.
     """
     return (
         (norm.training or not torch.is_grad_enabled())
         and norm.affine
-        and norm.weight.dtype == torch.float32
         and norm.track_running_stats
         and norm.momentum is not None
+        and all(
+            _is_vector(values) for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        )
         and input.device.type == "cpu"
         and input.dtype in DTYPES
         and input.shape[1] % CHANNELS_MULTIPLE == 0
         and input.numel() % ELEMENTS_MULTIPLE == 0
         and input.numel() > input.shape[1]  # one value per channel: PyTorch refuses it
         and input.is_contiguous(memory_format=torch.channels_last)
-        and (shortcut is None or (shortcut.dtype == input.dtype and shortcut.shape == input.shape))
+        and (shortcut is None or _is_like(shortcut, input))
+        and has_library()  # last: it warns where there is none
     )
+
+
+def _is_vector(values: Tensor | None) -> bool:
+    """Of fp32 in the CPU's memory, one after the other."""
+    return (
+        values is not None
+        and values.device.type == "cpu"
+        and values.dtype == torch.float32
+        and values.is_contiguous()
+    )
+
+
+def _is_like(shortcut: Tensor, input: Tensor) -> bool:
+    return shortcut.device == input.device and shortcut.dtype == input.dtype and shortcut.shape == input.shape

@@ -116,32 +116,32 @@ INLINE void gradient_block(const T* __restrict input, const T* __restrict output
 }
 
 // A pointer that is null is written as such: it gets a loop of its own, without the branch.
-#define BLOCKS(T)                                                                                                    \
-    CLONES void sum_rows(const T* input, Block block, float* shifts, float* sums, float* squares) {                  \
-        sum_block(input, block, shifts, sums, squares);                                                              \
-    }                                                                                                                \
-    CLONES void normalize_rows(const T* input, const T* shortcut, T* output, Block block, const BatchNorm& norm) {   \
-        if (shortcut == nullptr)                                                                                     \
-            normalize_block<T>(input, nullptr, output, block, norm);                                                 \
-        else                                                                                                         \
-            normalize_block(input, shortcut, output, block, norm);                                                   \
-    }                                                                                                                \
-    CLONES void sum_gradient_rows(const T* input, const T* output, const T* gradient, T* masked, Block block,        \
-                                  const BatchNorm& norm, float* sums, float* products) {                             \
-        if (masked == nullptr)                                                                                       \
-            sum_gradient_block<T>(input, output, gradient, nullptr, block, norm, sums, products);                    \
-        else                                                                                                         \
-            sum_gradient_block(input, output, gradient, masked, block, norm, sums, products);                        \
-    }                                                                                                                \
-    CLONES void gradient_rows(const T* input, const T* output, const T* gradient, const T* masked,                   \
-                              T* input_gradient, Block block, const BatchNorm& norm, const Line& line) {             \
-        if (masked == nullptr)                                                                                       \
-            gradient_block<T>(input, output, gradient, nullptr, input_gradient, block, norm, line);                  \
-        else                                                                                                         \
-            gradient_block(input, output, gradient, masked, input_gradient, block, norm, line);                      \
-    }
-BLOCKS(float)
-BLOCKS(BFloat16)
+
+template <typename T>
+INLINE void normalize_rows(const T* input, const T* shortcut, T* output, Block block, const BatchNorm& norm) {
+    if (shortcut == nullptr)
+        normalize_block<T>(input, nullptr, output, block, norm);
+    else
+        normalize_block(input, shortcut, output, block, norm);
+}
+
+template <typename T>
+INLINE void sum_gradient_rows(const T* input, const T* output, const T* gradient, T* masked, Block block,
+                              const BatchNorm& norm, float* sums, float* products) {
+    if (masked == nullptr)
+        sum_gradient_block<T>(input, output, gradient, nullptr, block, norm, sums, products);
+    else
+        sum_gradient_block(input, output, gradient, masked, block, norm, sums, products);
+}
+
+template <typename T>
+INLINE void gradient_rows(const T* input, const T* output, const T* gradient, const T* masked, T* input_gradient,
+                          Block block, const BatchNorm& norm, const Line& line) {
+    if (masked == nullptr)
+        gradient_block<T>(input, output, gradient, nullptr, input_gradient, block, norm, line);
+    else
+        gradient_block(input, output, gradient, masked, input_gradient, block, norm, line);
+}
 
 // -- all blocks
 
@@ -186,7 +186,8 @@ void take_moments(const BatchNorm& norm, const Blocks& blocks) {
     std::vector<float> shifts(size), sums(size), squares(size);
     blocks.for_each([&](int64_t index, int64_t begin) {
         const int64_t row = index * blocks.columns;
-        sum_rows(at<T>(norm.input, begin), blocks.block(index), &shifts[row], &sums[row], &squares[row]);
+        in_force<sum_block<T>>(at<T>(norm.input, begin), blocks.block(index), &shifts[row], &sums[row],
+                               &squares[row]);
     });
     for (int64_t c = 0; c < norm.channels; ++c) {
         double mean = 0, square = 0, seen = 0;  // Chan et al. 1983, the parallel form of Welford's method
@@ -211,7 +212,8 @@ void forward(const BatchNorm& norm) {
     const Blocks blocks(norm);
     if (norm.training) take_moments<T>(norm, blocks);
     blocks.for_each([&](int64_t index, int64_t i) {
-        normalize_rows(at<T>(norm.input, i), at<T>(norm.shortcut, i), at<T>(norm.output, i), blocks.block(index), norm);
+        in_force<normalize_rows<T>>(at<T>(norm.input, i), at<T>(norm.shortcut, i), at<T>(norm.output, i),
+                                    blocks.block(index), norm);
     });
 }
 
@@ -221,8 +223,9 @@ void sum_gradients(const BatchNorm& norm, const Blocks& blocks, const Line& line
     std::vector<float> sums(size), products(size);
     blocks.for_each([&](int64_t index, int64_t i) {
         const int64_t row = index * blocks.columns;
-        sum_gradient_rows(at<T>(norm.input, i), at<T>(norm.output, i), at<T>(norm.output_gradient, i),
-                          at<T>(norm.shortcut_gradient, i), blocks.block(index), norm, &sums[row], &products[row]);
+        in_force<sum_gradient_rows<T>>(at<T>(norm.input, i), at<T>(norm.output, i), at<T>(norm.output_gradient, i),
+                                       at<T>(norm.shortcut_gradient, i), blocks.block(index), norm, &sums[row],
+                                       &products[row]);
     });
     const double rows = static_cast<double>(norm.rows);
     for (int64_t c = 0; c < norm.channels; ++c) {
@@ -248,8 +251,8 @@ void backward(const BatchNorm& norm) {
     sum_gradients<T>(norm, blocks, line);
     const void* masked = norm.shortcut_gradient;
     blocks.for_each([&](int64_t index, int64_t i) {
-        gradient_rows(at<T>(norm.input, i), at<T>(norm.output, i), at<T>(norm.output_gradient, i), at<T>(masked, i),
-                      at<T>(norm.input_gradient, i), blocks.block(index), norm, line);
+        in_force<gradient_rows<T>>(at<T>(norm.input, i), at<T>(norm.output, i), at<T>(norm.output_gradient, i),
+                                   at<T>(masked, i), at<T>(norm.input_gradient, i), blocks.block(index), norm, line);
     });
 }
 

@@ -76,7 +76,8 @@ class BatchNormRelu(torch.autograd.Function):
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         output = torch.empty_like(input)
-        mean, inverse_deviation = torch.empty(2, input.shape[1]).unbind()
+        statistics = torch.empty(2, input.shape[1], dtype=torch.float32, device=input.device)
+        mean, inverse_deviation = statistics.unbind()
         tensors = {
             "shortcut": shortcut,
             "output": output,
@@ -98,6 +99,9 @@ class BatchNormRelu(torch.autograd.Function):
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of forward's arguments."""
         input, output, weight, mean, inverse_deviation = ctx.saved_tensors
+        input, output = (
+            saved.contiguous(memory_format=torch.channels_last) for saved in (input, output)
+        )  # hooks on saved tensors may have changed it
         input_gradient = torch.empty_like(input)
         shortcut_gradient = torch.empty_like(input) if ctx.has_shortcut else None
         weight_gradient, bias_gradient = torch.empty_like(weight), torch.empty_like(weight)

@@ -12,6 +12,10 @@ which come near what the processor can do.
 import torch
 from torch import Tensor, nn
 
+from .convolution_cpu import Convolution, has_instructions
+from .cpu import has_library
+from .winograd_cpu import WinogradConvolution, instructions
+
 MOST_CHANNELS = 64  # in bf16, from 128 on PyTorch's kernel is at least as fast; in fp32 more were not tried
 CHANNELS_MULTIPLE = 16  # what the CPU kernels handle at a time
 FEWEST_PIXELS = 512  # of all images, in fp32: below, transforming the weights takes what the method saves
@@ -30,12 +34,8 @@ def fast_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
     once, and hooks on `convolution` are not called.
     """
     if is_winograd_supported(convolution, input):
-        from .winograd_cpu import WinogradConvolution
-
         return WinogradConvolution.apply(input, convolution.weight)
     if is_supported(convolution, input):
-        from .convolution_cpu import Convolution
-
         return Convolution.apply(input, convolution.weight, convolution.stride[0])
     return reference_convolution(convolution, input)
 
@@ -47,18 +47,16 @@ def is_winograd_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
                  weights fp32, channels-last
     input        fp32, channels-last, at least 512 pixels in all images together
     """
-    if not (
+    return (
         input.device.type == convolution.weight.device.type == "cpu"
         and input.dtype == convolution.weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and convolution.stride == (1, 1)
         and input.numel() >= FEWEST_PIXELS * input.shape[1]
         and _has_layout(convolution, input)
-    ):
-        return False
-    from .winograd_cpu import instructions
-
-    return instructions() > 0
+        and has_library()
+        and instructions() > 0
+    )
 
 
 def is_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
@@ -70,7 +68,7 @@ def is_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
     input        bf16, channels-last
     """
     weight = convolution.weight
-    if not (
+    return (
         weight.requires_grad
         and torch.is_grad_enabled()
         and input.device.type == weight.device.type == "cpu"
@@ -80,11 +78,9 @@ def is_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and convolution.stride in ((1, 1), (2, 2))
         and _has_layout(convolution, input)
-    ):
-        return False
-    from .convolution_cpu import has_instructions
-
-    return has_instructions()
+        and has_library()  # late: it warns where there is none
+        and has_instructions()
+    )
 
 
 def _has_layout(convolution: nn.Conv2d, input: Tensor) -> bool:

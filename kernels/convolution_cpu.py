@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .cpu import library
+from .cpu import is_built, library
 
 PADDING = (1, 1)
 
@@ -28,8 +28,8 @@ class ConvolutionArguments(ctypes.Structure):
 
 @functools.cache
 def has_instructions() -> bool:
-    """Whether this processor, and the compiler of the kernels, know AVX512-BF16."""
-    return bool(library().fastsnap_convolution_supported())
+    """Whether there are kernels, and this processor and their compiler know AVX512-BF16."""
+    return is_built() and bool(library().fastsnap_convolution_supported())
 
 
 class Convolution(torch.autograd.Function):
@@ -68,7 +68,12 @@ class Convolution(torch.autograd.Function):
 def _weight_gradient(input: Tensor, output_gradient: Tensor, stride: int) -> Tensor:
     images, in_channels, height, width = input.shape
     _, out_channels, out_height, out_width = output_gradient.shape
-    gradient = torch.empty(out_channels, in_channels, 3, 3, memory_format=torch.channels_last)
+    gradient = torch.empty(
+        (out_channels, in_channels, 3, 3),
+        dtype=torch.float32,
+        device=input.device,
+        memory_format=torch.channels_last,
+    )
     arguments = ConvolutionArguments(
         input=input.data_ptr(),
         output_gradient=output_gradient.data_ptr(),

@@ -1,4 +1,4 @@
-// What the CPU kernels share: element types, their conversion to fp32, exp and log, the choice of instruction set.
+// What the CPU kernels share: element types, their conversion to fp32, exp and log.
 //
 // Compiled with -ffp-contract=off: a fused multiply-add happens only where one is written. And with
 // -fno-trapping-math, which changes no result: without it a loop that selects is not vectorised for AVX2.
@@ -8,13 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
-// One binary serves all x86-64 machines: the loader picks the clone for the machine at hand.
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
-#define INLINE __attribute__((always_inline)) inline
+#include "instructions.h"
 
 namespace {
 
@@ -39,8 +33,6 @@ INLINE uint32_t to_bits(float value) {
 }
 
 INLINE float load(const float& value) { return value; }
-
-INLINE float load(const double& value) { return static_cast<float>(value); }
 
 INLINE float load(const BFloat16& value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 

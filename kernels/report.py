@@ -32,6 +32,7 @@ CAPTION = (
     "Load, store: the widest of numbers of 32 bits or less. Bytes: of the update per parameter; of the averaging "
     "per logit + per member and sample (rows of more than 1024 classes are read again, from the cache)."
 )
+LOGIT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4, "f64": 8}
 
 
@@ -177,7 +178,7 @@ def compile_averaging(
     probabilities: bool = False,
 ) -> Compiled:
     """The averaging kernel for contiguous logits of `dtype`; averaged probabilities also if it needs them anyway."""
-    logits = torch.empty(members, 1024, classes, device="meta")
+    logits = torch.empty(members, 1024, classes, dtype=LOGIT_TYPES[dtype], device="meta")
     constants: dict[str, Any] = tiles(logits) | {"class_stride": 1}
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
     arguments = {"logits": f"*{dtype}", "order": "*i64"}

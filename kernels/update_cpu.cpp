@@ -32,20 +32,8 @@ INLINE void step_chunk(Weight* __restrict weights, float* __restrict momentum, c
     }
 }
 
-#define STEP_CHUNK(Weight, Gradient)                                                                             \
-    CLONES void step(Weight* weights, float* momentum, const Gradient* gradient, int64_t length, float decay,    \
-                     Step numbers) {                                                                             \
-        step_chunk(weights, momentum, gradient, length, decay, numbers);                                         \
-    }
-STEP_CHUNK(float, float)
-STEP_CHUNK(float, BFloat16)
-STEP_CHUNK(float, Float16)
-STEP_CHUNK(BFloat16, float)
-STEP_CHUNK(BFloat16, BFloat16)
-STEP_CHUNK(BFloat16, Float16)
-
 // Parameters that somebody else has written, so that they no longer are the master values rounded, count.
-CLONES void take_over_chunk(const BFloat16* __restrict parameters, float* __restrict masters, int64_t length) {
+INLINE void take_over_chunk(const BFloat16* __restrict parameters, float* __restrict masters, int64_t length) {
     for (int64_t i = 0; i < length; ++i) {
         BFloat16 rounded;
         store(rounded, masters[i]);
@@ -53,21 +41,13 @@ CLONES void take_over_chunk(const BFloat16* __restrict parameters, float* __rest
     }
 }
 
-CLONES void round_chunk(const float* __restrict weights, BFloat16* __restrict copy, int64_t length) {
+INLINE void round_chunk(const float* __restrict weights, BFloat16* __restrict copy, int64_t length) {
     for (int64_t i = 0; i < length; ++i) store(copy[i], weights[i]);
 }
 
 template <typename Weight>
-INLINE void average(const Weight* __restrict weights, float* __restrict mean, int64_t length, float share) {
+INLINE void average_chunk(const Weight* __restrict weights, float* __restrict mean, int64_t length, float share) {
     for (int64_t i = 0; i < length; ++i) mean[i] = __builtin_fmaf(share, load(weights[i]) - mean[i], mean[i]);
-}
-
-CLONES void average_chunk(const float* weights, float* mean, int64_t length, float share) {
-    average(weights, mean, length, share);
-}
-
-CLONES void average_chunk(const BFloat16* weights, float* mean, int64_t length, float share) {
-    average(weights, mean, length, share);
 }
 
 }  // namespace
@@ -97,18 +77,19 @@ void update_chunk(const Update& update, const Chunk& chunk, const Step& numbers)
     Weight* weights = static_cast<Weight*>(update.weights) + chunk.flat;
     const int64_t address = update.addresses[chunk.tensor];
     if constexpr (sizeof(Weight) == sizeof(float))
-        if (update.master != 0) take_over_chunk(update.copy + chunk.flat, weights, chunk.length);
+        if (update.master != 0) in_force<take_over_chunk>(update.copy + chunk.flat, weights, chunk.length);
     if (address != 0) {
         const float* factors = update.factors + 2 * chunk.tensor;
         Step scaled = numbers;
         scaled.rate *= factors[1];
-        step(weights, update.momentum + chunk.flat, reinterpret_cast<const Gradient*>(address) + chunk.begin,
-             chunk.length, factors[0], scaled);
+        in_force<step_chunk<Weight, Gradient>>(weights, update.momentum + chunk.flat,
+                                               reinterpret_cast<const Gradient*>(address) + chunk.begin, chunk.length,
+                                               factors[0], scaled);
     }
     if constexpr (sizeof(Weight) == sizeof(float))
-        if (update.copy != nullptr) round_chunk(weights, update.copy + chunk.flat, chunk.length);
+        if (update.copy != nullptr) in_force<round_chunk>(weights, update.copy + chunk.flat, chunk.length);
     if (update.mean != nullptr)
-        average_chunk(weights, update.mean + chunk.flat, chunk.length, numbers.average_weight);
+        in_force<average_chunk<Weight>>(weights, update.mean + chunk.flat, chunk.length, numbers.average_weight);
 }
 
 template <typename Weight, typename Gradient>

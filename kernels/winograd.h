@@ -100,7 +100,7 @@ INLINE const float* pixel(const Winograd& w, const float* images, int64_t channe
 // -- transforms
 
 // places[place][channel / 16][tile][channel % 16] = B' window B
-CLONES void transform_windows(const Plan& plan, Chunk chunk, float* places) {
+INLINE void transform_windows(const Plan& plan, Chunk chunk, float* places) {
     const Winograd& w = plan.winograd;
     Tile tile = tile_of(plan, chunk.first);
     for (int64_t index = 0; index < chunk.count; ++index, advance(w, tile)) {
@@ -132,7 +132,7 @@ CLONES void transform_windows(const Plan& plan, Chunk chunk, float* places) {
 }
 
 // places[place][channel / 16][tile][channel % 16] = A tile A' of the output's gradient
-CLONES void transform_tiles(const Plan& plan, Chunk chunk, float* places) {
+INLINE void transform_tiles(const Plan& plan, Chunk chunk, float* places) {
     const Winograd& w = plan.winograd;
     Tile tile = tile_of(plan, chunk.first);
     for (int64_t index = 0; index < chunk.count; ++index, advance(w, tile)) {
@@ -163,7 +163,7 @@ CLONES void transform_tiles(const Plan& plan, Chunk chunk, float* places) {
 }
 
 // 16 channels of the output = A' places A; places[place][tile][channel], `stride` from place to place
-CLONES void write_tiles(const Plan& plan, Chunk chunk, int64_t channel, const float* places, int64_t stride) {
+INLINE void write_tiles(const Plan& plan, Chunk chunk, int64_t channel, const float* places, int64_t stride) {
     const Winograd& w = plan.winograd;
     const int64_t below = TILE * w.width * w.out_channels;  // to the next row of tiles, which the caches get in advance
     Tile tile = tile_of(plan, chunk.first);
@@ -190,7 +190,7 @@ CLONES void write_tiles(const Plan& plan, Chunk chunk, int64_t channel, const fl
 }
 
 // places[out / 16][place][in][out % 16] = G weight G', for one `in` and 16 `out`
-CLONES void transform_weights(const Winograd& w, int64_t out, int64_t in, float* places) {
+INLINE void transform_weights(const Winograd& w, int64_t out, int64_t in, float* places) {
     Floats taken[TAPS][TAPS], half[WINDOW][TAPS];
     for (int64_t tap = 0; tap < TAPS * TAPS; ++tap)
         for (int64_t lane = 0; lane < LANES; ++lane)
@@ -217,7 +217,7 @@ CLONES void transform_weights(const Winograd& w, int64_t out, int64_t in, float*
 }
 
 // The gradient of 16 `out` and one `in` = G' places G; sums[part][out / 16][place][in][out % 16]
-CLONES void write_weights(const Plan& plan, const float* sums, int64_t out, int64_t in) {
+INLINE void write_weights(const Plan& plan, const float* sums, int64_t out, int64_t in) {
     const Winograd& w = plan.winograd;
     Floats sum[WINDOW][WINDOW] = {}, half[TAPS][WINDOW];
     for (int64_t part = 0; part < plan.parts; ++part) {

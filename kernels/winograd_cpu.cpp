@@ -9,31 +9,18 @@
 #include <algorithm>
 #include <cstdint>
 
-#if defined(__x86_64__)
-#if !defined(__clang__)
+#include "instructions.h"
+
+// The instruction set in force; there is no kernel for the plain one.
+extern "C" int fastsnap_winograd_instructions() { return fastsnap_instructions.load(std::memory_order_relaxed); }
+
+#ifdef HAS_VERSIONS
+
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the intrinsics' own header, with GCC 12
-#endif
 #include <immintrin.h>
 #include <omp.h>
 
 #include "winograd.h"
-
-#define AVX512 __attribute__((target("avx512f")))
-#define AVX2 __attribute__((target("avx2,fma")))
-#endif
-
-enum Instructions : int64_t { NONE, WITH_AVX2, WITH_AVX512 };
-
-// The best instruction set that this processor has.
-extern "C" int64_t fastsnap_winograd_instructions() {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) return WITH_AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return WITH_AVX2;
-#endif
-    return NONE;
-}
-
-#if defined(__x86_64__)
 
 namespace {
 
@@ -47,7 +34,7 @@ namespace {
 using Product = void(const float* left, const float* right, int64_t blocks, int64_t count, float* product);
 
 template <int64_t ROW, int64_t STEP, bool ADD>
-AVX512 void multiply_avx512(const float* left, const float* right, int64_t blocks, int64_t count, float* product) {
+FOR_AVX512 void multiply_avx512(const float* left, const float* right, int64_t blocks, int64_t count, float* product) {
     __m512 sum[LANES];
 #pragma GCC unroll 16
     for (int64_t row = 0; row < LANES; ++row)
@@ -64,7 +51,8 @@ AVX512 void multiply_avx512(const float* left, const float* right, int64_t block
 }
 
 template <int64_t ROW, int64_t STEP, bool ADD>
-AVX2 void multiply_avx2(const float* all_left, const float* all_right, int64_t blocks, int64_t count, float* product) {
+FOR_AVX2 void multiply_avx2(const float* all_left, const float* all_right, int64_t blocks, int64_t count,
+                            float* product) {
     constexpr int64_t ROWS = 4, HALF = LANES / 2;  // 8 sums in the registers
     for (int64_t first = 0; first < LANES; first += ROWS, product += ROWS * LANES) {
         const float *left = all_left + first * ROW, *right = all_right;
@@ -94,11 +82,11 @@ AVX2 void multiply_avx2(const float* all_left, const float* all_right, int64_t b
 }
 
 Product* product_over_channels(const Winograd& w) {  // left[channel / 16][tile][channel % 16]
-    return w.instructions == WITH_AVX512 ? multiply_avx512<LANES, 1, false> : multiply_avx2<LANES, 1, false>;
+    return w.instructions == AVX512 ? multiply_avx512<LANES, 1, false> : multiply_avx2<LANES, 1, false>;
 }
 
 Product* product_over_tiles(const Winograd& w) {  // left[tile][channel]
-    return w.instructions == WITH_AVX512 ? multiply_avx512<1, LANES, true> : multiply_avx2<1, LANES, true>;
+    return w.instructions == AVX512 ? multiply_avx512<1, LANES, true> : multiply_avx2<1, LANES, true>;
 }
 
 // -- all of it
@@ -106,7 +94,7 @@ Product* product_over_tiles(const Winograd& w) {  // left[tile][channel]
 void convolve_chunk(const Plan& plan, Chunk chunk, const float* weights, float* windows, float* products) {
     const Winograd& w = plan.winograd;
     Product* const multiply = product_over_channels(w);
-    transform_windows(plan, chunk, windows);
+    in_force<transform_windows>(plan, chunk, windows);
     for (int64_t out = 0; out < w.out_channels; out += LANES) {
         // The last products take the place of the windows, which then are not needed again: less to keep in the cache.
         const bool last = out + LANES == w.out_channels;
@@ -114,7 +102,7 @@ void convolve_chunk(const Plan& plan, Chunk chunk, const float* weights, float* 
         const int64_t stride = last ? plan.in_stride : BLOCK + GAP;
         for (int64_t place = 0; place < PLACES; ++place, weights += w.in_channels * LANES)
             multiply(windows + place * plan.in_stride, weights, w.in_channels / LANES, LANES, to + place * stride);
-        write_tiles(plan, chunk, out, to, stride);
+        in_force<write_tiles>(plan, chunk, out, to, stride);
     }
 }
 
@@ -129,7 +117,7 @@ bool convolve(const Winograd& w) {
         std::fill(scratch, scratch + own, 0.0f);  // a chunk that is not full multiplies what is there
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < w.out_channels / LANES * w.in_channels; ++task)
-            transform_weights(w, task / w.in_channels * LANES, task % w.in_channels, weights);
+            in_force<transform_weights>(w, task / w.in_channels * LANES, task % w.in_channels, weights);
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < plan.chunks; ++index)
             convolve_chunk(plan, chunk_of(plan, index), weights, scratch, scratch + windows);
@@ -145,8 +133,8 @@ void sum_part(const Plan& plan, int64_t part, float* windows, float* tiles, floa
     std::fill(sums, sums + plan.weights, 0.0f);
     for (int64_t index = plan.chunks * part / plan.parts; index < plan.chunks * (part + 1) / plan.parts; ++index) {
         const Chunk chunk = chunk_of(plan, index);
-        transform_windows(plan, chunk, windows);
-        transform_tiles(plan, chunk, tiles);
+        in_force<transform_windows>(plan, chunk, windows);
+        in_force<transform_tiles>(plan, chunk, tiles);
         for (int64_t place = 0; place < PLACES; ++place)
             for (int64_t out = 0; out < w.out_channels; out += LANES)
                 for (int64_t in = 0; in < w.in_channels; in += LANES)
@@ -171,7 +159,7 @@ bool differentiate(const Winograd& w) {
             sum_part(plan, part, scratch, scratch + windows, sums + part * plan.weights);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < w.out_channels / LANES * w.in_channels; ++task)
-            write_weights(plan, sums, task / w.in_channels * LANES, task % w.in_channels);
+            in_force<write_weights>(plan, sums, task / w.in_channels * LANES, task % w.in_channels);
     }
     _mm_free(sums);
     return true;

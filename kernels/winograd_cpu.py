@@ -1,7 +1,6 @@
 """The fp32 convolution on a CPU: a call into winograd_cpu.cpp for the output and for each gradient."""
 
 import ctypes
-import functools
 from typing import Any
 
 import torch
@@ -22,10 +21,8 @@ class WinogradArguments(ctypes.Structure):
     )
 
 
-@functools.cache
 def instructions() -> int:
-    """The best instruction set that this processor and the kernel know: 2 AVX-512, 1 AVX2, 0 neither."""
-    library().fastsnap_winograd_instructions.restype = ctypes.c_int64
+    """The instruction set in force: 2 AVX-512, 1 AVX2, 0 neither, with which there is no kernel."""
     return int(library().fastsnap_winograd_instructions())
 
 

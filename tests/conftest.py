@@ -12,3 +12,18 @@ settings.load_profile("fixed")
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels then run on the CPU
+    if not _is_built():  # then everything else is tested with what takes their place
+        config.addinivalue_line("filterwarnings", "ignore:fastsnap was installed without")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not _is_built():
+        for item in items:
+            if item.get_closest_marker("needs_library"):
+                item.add_marker(pytest.mark.skip(reason="the C++ kernels were not built: no C++ compiler"))
+
+
+def _is_built() -> bool:
+    from fastsnap.kernels.cpu import is_built  # torch comes with it: after the environment is set
+
+    return is_built()

@@ -1,5 +1,6 @@
 """What is installed, and that importing does nothing. What imports what: test_rooms.py."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -34,8 +35,13 @@ def test_the_library_s_names_come_when_they_are_used_and_the_package_alone_bring
 import sys, fastsnap
 assert "torch" not in sys.modules
 assert {"Schedule", "SnapshotSGD", "average_members", "save_snapshot"} <= set(dir(fastsnap))
+import torch
 from fastsnap import Schedule, SnapshotSGD, average_members, save_snapshot
-assert Schedule("snapshot", 10, 2, 0.1).rate(0) == 0.1
+parameter = torch.nn.Parameter(torch.ones(3))
+optimizer = SnapshotSGD([parameter], Schedule("snapshot", 10, 2, 0.1))
+parameter.sum().backward()
+optimizer.step()
+average_members(torch.zeros(2, 3, 4))
 assert not {"torchvision", "matplotlib", "sklearn", "rich", "nvidia.dali"} & set(sys.modules)
 try:
     fastsnap.Snapshot
@@ -46,32 +52,34 @@ except AttributeError as error:
     assert done.stdout == "module 'fastsnap' has no attribute 'Snapshot'\n"
 
 
+def copy_source(folder: Path) -> None:
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+
+
+def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Into the folder of the source."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    command += ["--wheel-dir", str(source), str(source)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def wheel_in(folder: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+NO_COMPILER = {"CC": "/no/such/cc", "CXX": "/no/such/c++"}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
-    copy = folder / "source"
-    files = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    for name in files:
-        if (ROOT / name).exists():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-    ]
-    subprocess.run([*command, str(folder), str(copy)], check=True, capture_output=True)
-    return zipfile.ZipFile(next(folder.glob("*.whl")))
+    copy_source(folder)
+    build_wheel(folder).check_returncode()
+    return wheel_in(folder)
 
 
 def test_the_wheel_ships_the_kernels_as_fastsnap_kernels_and_no_package_called_kernels(
@@ -85,3 +93,76 @@ def test_the_wheel_ships_the_kernels_as_fastsnap_kernels_and_no_package_called_k
         assert f"fastsnap/kernels/{file.name}" in names
     for file in (ROOT / "fastsnap").rglob("*.py"):
         assert str(file.relative_to(ROOT)) in names
+    assert "fastsnap/py.typed" in names  # type checkers then read the annotations
+
+
+WITHOUT_A_COMPILER = """
+import torch
+from fastsnap import Schedule, SnapshotSGD, average_members
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
+
+def train(operations, make_optimizer):
+    torch.manual_seed(0)
+    net = build_network("resnet8", classes=10, operations=operations).to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    optimizer = make_optimizer(net)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(images).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return torch.cat([parameter.flatten() for parameter in net.parameters()])
+
+ours = train(KERNEL_OPERATIONS, lambda net: SnapshotSGD(net.named_parameters(), Schedule("step", 10, 1, 0.1)))
+torchs = train(
+    PLAIN_OPERATIONS,
+    lambda net: torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
+)
+torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
+statistics = average_members(torch.zeros(3, 5, 4), torch.arange(5) % 4, probabilities=True)
+assert statistics.probabilities.dtype == statistics.confidence.dtype == torch.float32
+assert statistics.confidence.eq(0.25).all() and statistics.label_rank[-1].tolist() == [0, 1, 2, 3, 0]
+"""
+
+
+def test_without_a_compiler_it_installs_trains_and_averages_and_says_once_what_is_lost(
+    tmp_path: Path,
+) -> None:
+    copy_source(tmp_path)
+    done = build_wheel(tmp_path, **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert said.count("fastsnap: installing without its C++ kernels") == 1
+    assert "no C++ compiler with OpenMP works here: command '/no/such/c" in said
+
+    installed = tmp_path / "installed"
+    wheel_in(tmp_path).extractall(installed)
+    assert not list(installed.rglob("*.so"))
+    command = [sys.executable, "-W", "always", "-c", WITHOUT_A_COMPILER]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=installed
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("UserWarning: fastsnap was installed without a C++ compiler") == 1
+    assert "an update takes about 5 times as long" in done.stderr
+    assert "install a C++ compiler" in done.stderr
+
+
+def test_an_error_in_a_kernel_is_an_error_and_no_lack_of_a_compiler(tmp_path: Path) -> None:
+    copy_source(tmp_path)
+    (tmp_path / "kernels" / "instructions.cpp").write_text("int broken(")
+    assert build_wheel(tmp_path).returncode != 0
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_make_names_the_compiler_that_is_missing_before_it_installs_anything(tmp_path: Path) -> None:
+    copy_source(tmp_path)
+    command = ["make", "train", f"PYTHON={sys.executable}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | NO_COMPILER, cwd=tmp_path
+    )
+    assert done.returncode != 0
+    assert "/no/such/c++ is missing" in done.stderr
+    assert not (tmp_path / ".venv").exists()

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsnap.kernels.cpu import has_library
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.kernels.update import Rule, capturing, new_state, take_over_parameters
+from fastsnap.kernels.update_plain import PlainUpdate
 from fastsnap.training.flat import FlatParameters
 from fastsnap.training.optim_checks import check_flat, check_groups, check_moved, check_new_group
 from fastsnap.training.optim_state import (
@@ -108,9 +110,11 @@ class SnapshotSGD(torch.optim.Optimizer):
             from fastsnap.kernels.update_triton import TritonUpdate  # torch with CUDA brings triton
 
             return TritonUpdate(*arguments, self._factors.per_group)
-        from fastsnap.kernels.update_cpu import CpuUpdate
+        if has_library():
+            from fastsnap.kernels.update_cpu import CpuUpdate
 
-        return CpuUpdate(*arguments)
+            return CpuUpdate(*arguments)
+        return PlainUpdate(*arguments)
 
     @property
     def weights(self) -> Tensor:

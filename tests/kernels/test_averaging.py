@@ -9,11 +9,13 @@ from fastsnap.kernels.averaging import average_members
 from fastsnap.kernels.averaging_cpu import cpu_averaging
 
 
+@pytest.mark.needs_library
 @given(cases(most_classes=2000))
 def test_agrees_with_float64(case):
     check_against_float64(case, *cpu_averaging(**case))
 
 
+@pytest.mark.needs_library
 @pytest.mark.parametrize("case", large_cases())
 def test_many_classes_or_members_agree_with_float64(case):
     check_against_float64(case, *cpu_averaging(**case))

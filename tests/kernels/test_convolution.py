@@ -14,7 +14,9 @@ from fastsnap.kernels.convolution import fast_convolution, is_supported, referen
 from fastsnap.kernels.convolution_cpu import has_instructions
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 
-needs_instructions = pytest.mark.skipif(not has_instructions(), reason="a CPU without AVX512-BF16")
+needs_instructions = pytest.mark.skipif(
+    not has_instructions(), reason="no C++ kernels, or a CPU without AVX512-BF16"
+)
 
 
 def make_convolution(in_channels: int, out_channels: int, stride: int = 1, **options) -> nn.Conv2d:

@@ -10,6 +10,7 @@ from update_cases import Case, cases, check_against_reference, layout_of, plain_
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.kernels.update import CHUNK, Layout, Rule, reference_update
 from fastsnap.kernels.update_cpu import CpuUpdate
+from fastsnap.kernels.update_plain import PlainUpdate
 
 PLAIN = Case(
     sizes=(5, 4096, 10_001),
@@ -26,9 +27,15 @@ PLAIN = Case(
 RULE = Rule(PLAIN.schedule, 0.9, True)
 
 
+@pytest.mark.needs_library
 @given(cases(largest=10_000, masters=True))
 def test_agrees_with_the_reference(case):
     check_against_reference(case, CpuUpdate)
+
+
+@given(cases(largest=1000, masters=True))
+def test_the_update_without_a_kernel_agrees_with_the_reference(case):
+    check_against_reference(case, PlainUpdate)
 
 
 def test_reference_agrees_with_float64():
@@ -46,6 +53,7 @@ def test_reference_agrees_with_float64():
     torch.testing.assert_close(state.weights[:1000].double(), w, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.needs_library
 def test_result_does_not_depend_on_the_number_of_threads():
     results = []
     threads = torch.get_num_threads()
@@ -63,6 +71,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
     assert torch.equal(*results)
 
 
+@pytest.mark.needs_library
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_every_bit_pattern_are_read_as_torch_reads_them(dtype):
     gradient = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
@@ -73,6 +82,7 @@ def test_gradients_of_every_bit_pattern_are_read_as_torch_reads_them(dtype):
     assert torch.equal(state.momentum[: len(gradient)], gradient.float())
 
 
+@pytest.mark.needs_library
 def test_bf16_copy_rounds_as_torch_does_and_keeps_nan():
     case = dataclasses.replace(PLAIN, copy=True)
     layout = layout_of((70_000,))
@@ -83,6 +93,7 @@ def test_bf16_copy_rounds_as_torch_does_and_keeps_nan():
     torch.testing.assert_close(state.copy, state.weights.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.needs_library
 def test_parameters_written_by_others_count_and_the_rest_keep_their_master_values():
     case = dataclasses.replace(PLAIN, weights=torch.bfloat16, master=True)
     layout = layout_of((64,))
@@ -100,6 +111,7 @@ def test_parameters_written_by_others_count_and_the_rest_keep_their_master_value
     assert not torch.equal(state.weights[3:], state.copy[3:].float())
 
 
+@pytest.mark.needs_library
 @pytest.mark.parametrize("kind", ["snapshot", "step"])
 def test_an_update_past_the_schedule_is_an_error_and_changes_nothing(kind):
     rule = Rule(Schedule(kind, 2, 1, 0.1), 0.9, True, average_decay=1.0)

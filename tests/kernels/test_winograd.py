@@ -12,10 +12,11 @@ from torch.nn import functional
 
 from fastsnap.kernels import winograd_cpu
 from fastsnap.kernels.convolution import fast_convolution, is_winograd_supported, reference_convolution
+from fastsnap.kernels.cpu import INSTRUCTION_SETS, is_built, using_instructions
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 
 AVX2, AVX512 = 1, 2
-BEST = winograd_cpu.instructions()
+BEST = winograd_cpu.instructions() if is_built() else 0
 RESULTS = ("output", "gradient of the input", "gradient of the weights")
 
 needs_instructions = pytest.mark.skipif(BEST < AVX2, reason="a CPU without AVX2")
@@ -49,8 +50,7 @@ def winograd(
     input: Tensor, weight: Tensor, output_gradient: Tensor, *, instructions: int = BEST
 ) -> list[Tensor]:
     """RESULTS from the kernel."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd_cpu, "instructions", lambda: instructions)
+    with using_instructions(INSTRUCTION_SETS[instructions]):
         return results_of(winograd_cpu.WinogradConvolution.apply, input, weight, output_gradient)
 
 
@@ -187,9 +187,10 @@ def test_what_is_not_finite_stays_visible(value):
 @needs_instructions
 @pytest.mark.parametrize("failing", ["fastsnap_winograd_convolution", "fastsnap_winograd_weight_gradient"])
 def test_a_lack_of_memory_is_an_error(monkeypatch, failing):
+    kernels = ("instructions", "convolution", "weight_gradient")
     functions = {
-        name: getattr(winograd_cpu.library(), name)
-        for name in ("fastsnap_winograd_convolution", "fastsnap_winograd_weight_gradient")
+        f"fastsnap_winograd_{name}": getattr(winograd_cpu.library(), f"fastsnap_winograd_{name}")
+        for name in kernels
     }
     library = SimpleNamespace(**functions | {failing: lambda _: 0})
     monkeypatch.setattr(winograd_cpu, "library", lambda: library)
@@ -223,14 +224,15 @@ def test_what_the_kernel_does_not_take_goes_through_pytorch(layer):
     assert torch.equal(fast_convolution(convolution, input), reference_convolution(convolution, input))
 
 
-def test_it_is_not_for_autocast_nor_for_processors_without_the_instructions(monkeypatch):
+@needs_instructions
+def test_it_is_not_for_autocast_nor_for_processors_without_the_instructions():
     convolution, input = make_convolution(16, 16), channels_last(8, 16, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_winograd_supported(convolution, input)
-    monkeypatch.setattr(winograd_cpu, "instructions", lambda: AVX2)
-    assert is_winograd_supported(convolution, input)
-    monkeypatch.setattr(winograd_cpu, "instructions", lambda: 0)
-    assert not is_winograd_supported(convolution, input)
+    with using_instructions("avx2"):
+        assert is_winograd_supported(convolution, input)
+    with using_instructions("plain"):
+        assert not is_winograd_supported(convolution, input)
 
 
 def gradients_of(network: nn.Module, images: Tensor) -> Tensor:

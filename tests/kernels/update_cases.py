@@ -82,8 +82,8 @@ def state_of(case: Case, layout: Layout, device: str = "cpu") -> State:
     return state
 
 
-def check_against_reference(case: Case, make_update: Any, device: str = "cpu", updates: int = 4) -> None:
-    """A few updates by both, with some gradients missing and, with GradScaler, one update skipped."""
+def check_against_reference(case: Case, make_update: Any, device: str = "cpu", updates: int = 4) -> State:
+    """A few updates by both, with some gradients missing and, with GradScaler, one skipped; returns the state."""
     torch.manual_seed(case.seed)
     schedule = case.schedule
     rule = Rule(schedule, case.momentum, case.nesterov, case.average_decay)
@@ -101,6 +101,7 @@ def check_against_reference(case: Case, make_update: Any, device: str = "cpu", u
         update(gradients, case.gradients, scale, found_inf)
         reference_update(expected, rule, layout, gradients, factors.tolist(), scale, found_inf)
         _check_close(state, expected)
+    return state
 
 
 def _write_parameters(state: State, expected: State) -> None:
