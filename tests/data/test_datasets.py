@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsnap.data.archives import DataError, as_array, read_idx, read_pickle
+from fastsnap.data.archives import DataError, as_array, as_texts, read_idx, read_pickle
 from fastsnap.data.datasets import DATASETS, load_dataset
 from fastsnap.data.downloads import PUBLICATIONS, locate
 
@@ -151,7 +151,7 @@ def test_a_damaged_batch_is_an_error_that_names_the_file(tmp_path, batch, messag
 @pytest.mark.parametrize("names", [[b"name"] * 9, [1] * 10, b"name"])
 def test_damaged_class_names_are_an_error(tmp_path, names):
     broken_cifar(tmp_path, b"", meta=python2_pickle({"label_names": names}))
-    with pytest.raises(DataError, match=r"batches\.meta should hold a list of the 10 class names"):
+    with pytest.raises(DataError, match=r"batches\.meta should hold a list of 10 texts in 'label_names'"):
         load_dataset("cifar10", tmp_path, download=False)
 
 
@@ -252,9 +252,49 @@ def test_arrays_come_back_as_they_were_pickled(tmp_path, value, protocol):
     assert np.array_equal(array, value)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("fix_imports", [True, False])
+def test_a_file_that_python_3_wrote_again_reads_as_before(tmp_path, protocol, fix_imports):
+    """Up to protocol 2 it writes bytes as calls of _codecs.encode: keys, class names and the data of arrays."""
+    content = {
+        b"data": RANDOM_ARRAY,
+        b"label_names": [b"apple", b"caf\xe9", b""],
+        b"labels": [1, 2],
+        b"": b"",
+    }
+    path = tmp_path / "again"
+    path.write_bytes(pickle.dumps(content, protocol, fix_imports=fix_imports))
+    read = read_pickle(path, LARGEST)
+    assert read.keys() == {"data", "label_names", "labels", ""}
+    assert np.array_equal(as_array(read["data"], path, "data", (6, 5)), RANDOM_ARRAY)
+    assert as_texts(read["label_names"], path, "label_names", 3) == ("apple", "caf\xe9", "")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"c_codecs\nencode\n(Vdata\nVrot13\ntR",  # another encoding
+        b"c_codecs\nencode\n(I1\nVlatin1\ntR",  # no text
+        b"c_codecs\nencode\n(tR",  # no arguments
+        b"cbuiltins\nbytes\n(I1000000000000\ntR",  # a terabyte of zeros
+        b"cnumpy\ndtype\n(Vu1\ntR",
+    ],
+    ids=range(5),
+)
+def test_other_calls_are_no_texts(tmp_path, key):
+    path = tmp_path / "keys"
+    path.write_bytes(b"}(" + key + b"I1\nu.")
+    with pytest.raises(DataError, match="keys is damaged"):
+        read_pickle(path, LARGEST)
+    path.write_bytes(b"}(S'label_names'\n(" + key + b"lu.")
+    with pytest.raises(DataError, match="list of 1 texts in 'label_names'"):
+        as_texts(read_pickle(path, LARGEST)["label_names"], path, "label_names", 1)
+
+
 VALID = [
     python2_pickle({"data": RANDOM_ARRAY, "labels": [1, 2, 3], "batch_label": b"training"}),
     *(pickle.dumps({"data": RANDOM_ARRAY, "labels": [1, 2, 3]}, protocol) for protocol in (0, 2, 5)),
+    pickle.dumps({b"data": RANDOM_ARRAY, b"labels": [1, 2, 3]}, 2),
 ]
 
 
