@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fastsnap.data.plan import training_steps
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.run_folder import RunFolder, SnapshotEntry, write_atomically
@@ -119,9 +120,12 @@ def save_plots(folder: RunFolder, report: Report) -> None:
     """Write error-against-m.png and training.png into `folder`."""
     save(error_figure(report), folder.path / "error-against-m.png")
     config = folder.config()
-    updates_per_epoch = math.ceil(config["images"]["train"] / config["batch_size"])
+    metrics = folder.metrics()
+    updates_per_epoch = training_steps(config["images"]["train"], config["batch_size"])
+    if metrics:  # what was done counts: version 0.1.0 cut the epochs in another way
+        updates_per_epoch = metrics[-1]["step"] // metrics[-1]["epoch"]
     steps = config["epochs"] * updates_per_epoch
     schedule = Schedule(config["schedule"], steps, config["cycles"], config["learning_rate"])
     title = f"{report.run}: learning rate and training loss, {report.net} on {report.dataset}"
-    figure = training_figure(title, schedule, updates_per_epoch, folder.metrics(), folder.snapshots())
+    figure = training_figure(title, schedule, updates_per_epoch, metrics, folder.snapshots())
     save(figure, folder.path / "training.png")

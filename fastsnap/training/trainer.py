@@ -210,11 +210,15 @@ class Trainer:
             return False
         tensors, state = checkpoint
         own = self._tensors()
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()} or (
-            state["steps"] != self.schedule.steps
-        ):
+        if state["steps"] != self.schedule.steps:
             raise RunError(
-                f"the checkpoint in {self.folder.path} is of another network, data set or version; choose another --out"
+                f"the checkpoint in {self.folder.path} is of a run of {state['steps']:,} steps, this one has "
+                f"{self.schedule.steps:,}: of another data set, or of fastsnap 0.1.0, which took the last few images of "
+                "an epoch as a batch of their own. Choose another --out, or go on with the version that began it"
+            )
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
+            raise RunError(
+                f"the checkpoint in {self.folder.path} is of another network or version; choose another --out"
             )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -240,7 +244,7 @@ class Trainer:
     def _images_seen(self) -> int:
         """Images of the current epoch trained on; all of them right after its last step."""
         steps = self.step - (self._epoch() - 1) * self.pipeline.steps_per_epoch
-        return min(steps * self.pipeline.batch_size, self.images)
+        return self.images if steps == self.pipeline.steps_per_epoch else steps * self.pipeline.batch_size
 
     def _seconds_in_all(self) -> float:
         return self.seconds + time.perf_counter() - self._session_start
