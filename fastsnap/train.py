@@ -18,13 +18,21 @@ from fastsnap import __version__
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.datasets import Dataset, load_dataset
 from fastsnap.data.pipeline import choose_loader, make_pipeline
-from fastsnap.device import choose_device, choose_precision
+from fastsnap.device import choose_device, choose_precision, free_device_memory
+from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.ensemble.report import report_run
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.limits import choose_threads
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.training.allocator import keep_freed_memory
+from fastsnap.training.memory import (
+    evaluation_needs,
+    footprint,
+    require_disk,
+    require_memory,
+    require_training_memory,
+)
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.step import TrainStep, choose_compile
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
@@ -103,6 +111,7 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
         train_images=config.train_images,
         seed=config.seed,
     )
+    require_room(config, dataset, folder)
     with folder.locked():
         if folder.exists():  # a process that held the lock until now may have made it
             _require_same(config, folder)
@@ -123,6 +132,30 @@ def train(config: TrainConfig, console: Console) -> tuple[RunFolder, Dataset]:
         with ProgressDisplay(console, trainer.step, trainer.schedule.steps) as display:
             trainer.run(display)
     return folder, dataset
+
+
+def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> None:
+    """Raise ValueError, with the figures, for a run that memory or disk cannot hold: now rather than in some hours."""
+    count, height, width, channels = dataset.train.images.shape
+    if config.batch_size > count:
+        raise ValueError(
+            f"batch_size must be at most the {count:,} training images, got {config.batch_size:,}: use --batch-size "
+            f"{count}"
+        )
+    with torch.device("meta"):
+        network = build_network(
+            config.net, classes=len(dataset.classes), in_channels=channels, shortcut=config.shortcut
+        )
+    size, room = (
+        footprint(network, (channels, height, width)),
+        free_device_memory(torch.device(config.device)),
+    )
+    require_training_memory(size, config.batch_size, room, half=config.precision != "fp32")
+    evaluation = evaluation_needs(
+        size, BATCH_SIZE, len(dataset.test.labels), len(dataset.classes), config.cycles
+    )
+    require_memory("evaluating the snapshots", evaluation, room, "use fewer --cycles")
+    require_disk(size, folder.path, config.cycles)
 
 
 def _require_same(config: TrainConfig, folder: RunFolder) -> None:

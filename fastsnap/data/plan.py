@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastsnap.data.draws import crops_and_flips, permutation
 
-# Fewest images of a training batch that is not asked for smaller. BatchNorm takes its running statistics to a tenth from
-# the last batch of an epoch, which is where snapshots are saved: measured in CHANGELOG.md.
+# Fewest images of a training batch, unless smaller ones are asked for. A tenth of BatchNorm's running statistics comes
+# from the last batch before a snapshot is saved, so a few images there spoil it: measured in CHANGELOG.md.
 LEAST_BATCH = 8
 
 

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
-from fastsnap.device import AUTOCAST_DTYPES, Precision, choose_device, choose_precision
+from fastsnap.device import (
+    AUTOCAST_DTYPES,
+    Precision,
+    choose_device,
+    choose_precision,
+    free_device_memory,
+)
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder, SnapshotEntry
+from fastsnap.training.memory import evaluation_needs, footprint, require_memory
 
 SPLITS = ("test", "validation")
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
@@ -113,6 +120,7 @@ def evaluate_run(
     image_set = _choose_split(dataset, split, folder)
     device = device or choose_device("auto")
     computed = _evaluation_precision(precision, device)
+    _require_memory(config, dataset, device, batch_size, len(image_set.labels), len(entries))
     network = _build_network(config, dataset).to(memory_format=torch.channels_last).to(device)
     pipeline = make_pipeline(
         image_set,
@@ -194,6 +202,19 @@ def _evaluation_precision(asked: str, device: torch.device) -> Precision:
     if asked == "fp16" and device.type == "cpu":
         return Precision("fp32", "a CPU hardly computes in fp16")
     return choose_precision(asked, device)
+
+
+def _require_memory(
+    config: dict[str, Any], dataset: Dataset, device: torch.device, batch: int, images: int, members: int
+) -> None:
+    """Raise ValueError, with the figures, for what memory cannot hold."""
+    _, height, width, channels = dataset.test.images.shape
+    with torch.device("meta"):
+        network = _build_network(config, dataset)
+    size = footprint(network, (channels, height, width))
+    needs = evaluation_needs(size, batch, images, len(dataset.classes), members)
+    remedy = "use a smaller --batch-size or fewer --snapshots"
+    require_memory("the evaluation", needs, free_device_memory(device), remedy)
 
 
 def _build_network(config: dict[str, Any], dataset: Dataset) -> nn.Module:

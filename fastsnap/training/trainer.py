@@ -213,8 +213,8 @@ class Trainer:
         if state["steps"] != self.schedule.steps:
             raise RunError(
                 f"the checkpoint in {self.folder.path} is of a run of {state['steps']:,} steps, this one has "
-                f"{self.schedule.steps:,}: of another data set, or of fastsnap 0.1.0, which took the last few images of "
-                "an epoch as a batch of their own. Choose another --out, or go on with the version that began it"
+                f"{self.schedule.steps:,}: it is of another data set, or of fastsnap 0.1.0, where the last few images "
+                "of an epoch were a batch of their own. Choose another --out, or go on with the version that began it"
             )
         if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
             raise RunError(
