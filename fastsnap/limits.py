@@ -105,7 +105,7 @@ def free_memory(root: Path = Path("/")) -> Room | None:
     None where nothing says it.
     """
     rooms = [room for group in _groups(root, "memory") if (room := _left_of_limit(group))]
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, LookupError):
         lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
         kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines}
         free = 1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0))

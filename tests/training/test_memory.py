@@ -72,7 +72,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize(("net", "images"), [("resnet44", 1437), ("resnet8x16", 100)])
 def test_the_estimate_is_near_what_a_run_takes(net, images, tmp_path):
-    """Mostly what the images leave, and mostly parameters; of half a gigabyte and more, next to which libraries are few."""
+    """Mostly what the images leave, and mostly parameters; so much that libraries are little beside it."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, net, str(images), str(tmp_path)],
         capture_output=True,
