@@ -16,7 +16,7 @@ from fastsnap.data.draws import crops_and_flips, permutation
 
 # Fewest images of a training batch, unless smaller ones are asked for. A tenth of BatchNorm's running statistics comes
 # from the last batch before a snapshot is saved, so a few images there spoil it: measured in CHANGELOG.md.
-LEAST_BATCH = 8
+LEAST_BATCH = 16
 
 
 class Pipeline(Protocol):
