@@ -5,11 +5,13 @@ again goes on with an unfinished run, to the same bits, and evaluates a finished
 """
 
 import dataclasses
+import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -33,7 +35,7 @@ from fastsnap.training.memory import (
     require_memory,
     require_training_memory,
 )
-from fastsnap.training.progress import ProgressDisplay
+from fastsnap.training.progress import Output, ProgressDisplay
 from fastsnap.training.step import TrainStep, choose_compile
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
 from fastsnap.training.trainer import Trainer
@@ -240,8 +242,14 @@ def _print_summary(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one."""
-    console = Console()
+    """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one.
+
+    An output that closes counts as SIGPIPE.
+    """
+    output = Output(sys.stdout)
+    console = Console(file=cast(TextIO, output))
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        return _refuse_many_processes()
     keep_freed_memory()
     try:
         with stop_signals_raised():
@@ -255,12 +263,32 @@ def main(arguments: list[str] | None = None) -> int:
                 console=console,
             )
     except TrainingStopped as stopped:
-        console.print(f"stopped by {stopped}. Run the same command again to go on", highlight=False)
+        text = f"stopped by {stopped}. Run the same command again to go on"
+        console.print(text, highlight=False)
+        if output.lost:
+            _print_error(text)
         return 128 + stopped.signal_number
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(f"error: {error}")
         return 2
-    return 0
+    return 128 + signal.SIGPIPE if output.lost else 0
+
+
+def _refuse_many_processes() -> int:
+    """One line from the first of the processes that torchrun started, and the exit status of all."""
+    if os.environ.get("RANK", "0") == "0":
+        _print_error(
+            f"error: training on {os.environ['WORLD_SIZE']} processes (torchrun) is not supported: run python "
+            "-m fastsnap.train without torchrun; one process uses all cores of the CPU, or one GPU"
+        )
+    return 2
+
+
+def _print_error(text: str) -> None:
+    """A line to standard error, if anyone can read it."""
+    error = Output(sys.stderr)
+    error.write(text + "\n")
+    error.flush()
 
 
 if __name__ == "__main__":

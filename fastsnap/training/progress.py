@@ -1,8 +1,11 @@
 """Progress of a training run: a live bar on a terminal, plain lines in a file."""
 
+import contextlib
+import os
 import time
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -55,6 +58,41 @@ def format_status(status: Status) -> str:
     )
 
 
+class Output:
+    """A text stream whose reader may leave: what can no longer be written is dropped, and `lost` says so.
+
+    A pipe that closes (`| head`) and a terminal that is gone must not end a run before its checkpoint is saved.
+    stream  None, as sys.stdout is where a process starts without one, drops everything
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.lost = False
+
+    def write(self, text: str) -> int:
+        """Write `text`, if that is still possible; returns its length."""
+        self._attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand everything to the system, if that is still possible."""
+        self._attempt("flush")
+
+    def _attempt(self, method: str, *arguments: str) -> None:
+        if self._stream is None or self.lost:
+            return
+        try:
+            getattr(self._stream, method)(*arguments)
+        except OSError:
+            self.lost = True
+            # What is buffered goes nowhere, so that the interpreter does not fail at it when it ends.
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class ProgressDisplay:
     """Shows `Status`es; a context manager. Messages go above the bar."""
 
@@ -75,6 +113,11 @@ class ProgressDisplay:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can read this any more; only an `Output` knows."""
+        return isinstance(self.console.file, Output) and self.console.file.lost
 
     def show(self, status: Status, *, epoch_ended: bool) -> None:
         """Move the bar; in a file, add a line when an epoch has ended or much time has passed, but not too often."""

@@ -1,6 +1,7 @@
 """The training loop: from any step to the last, saving what the run folder keeps."""
 
 import math
+import signal
 import time
 from dataclasses import dataclass
 
@@ -81,7 +82,8 @@ class Trainer:
                     self.train_step(images, labels)
                     self.step += 1
                     self._notice_warm_up(images.shape)
-                    self._after_step(display, stop.signal_number)
+                    lost = signal.SIGPIPE if display.lost else None
+                    self._after_step(display, stop.signal_number or lost)
 
     def _notice_warm_up(self, shape: tuple[int, ...]) -> None:
         """Leave the first steps, and the first of a batch size (the compiler starts again), out of the estimate."""

@@ -134,15 +134,16 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(finished: Path, t
     assert steps == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
 
 
-def test_sigterm_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     process = start(tmp_path)
     lines_of(tmp_path / "metrics.jsonl", 2, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; a checkpoint is saved. Run the same command again to go on" in output
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; a checkpoint is saved. Run the same command again to go on" in output
     checkpoint = RunFolder(tmp_path).load_checkpoint()
     assert checkpoint is not None
     assert checkpoint[1]["step"] >= 2 * STEPS_PER_EPOCH
@@ -151,6 +152,43 @@ def test_sigterm_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
     assert "note: this run began with 77 threads" in capsys.readouterr().out
     assert snapshot_bytes(tmp_path) == snapshot_bytes(finished)
+
+
+def test_a_pipe_that_closes_saves_a_checkpoint_and_is_told_on_standard_error(
+    finished: Path, tmp_path: Path
+) -> None:
+    """`python -m fastsnap.train | head -n 3`: the shell sees the status of SIGPIPE."""
+    train_command = [sys.executable, "-m", "fastsnap.train", *SMALL, "--out", str(tmp_path)]
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | head -n 3; exit ${PIPESTATUS[0]}', "bash", *train_command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert len(done.stdout.splitlines()) == 3
+    said = "stopped by SIGPIPE; a checkpoint is saved. Run the same command again to go on\n"
+    assert done.stderr == said
+    assert RunFolder(tmp_path).load_checkpoint() is not None
+    assert not (tmp_path / "ensemble.json").exists()
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert snapshot_bytes(tmp_path) == snapshot_bytes(finished)
+
+
+def test_many_processes_are_refused_once(tmp_path: Path) -> None:
+    """As torchrun starts them: the first one speaks, all end alike, and none touches the folder."""
+    command = [sys.executable, "-m", "fastsnap.train", *SMALL, "--out", str(tmp_path / "run")]
+    said = []
+    for rank in "01":
+        environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        said.append(done.stderr)
+    assert said[0].startswith("error: training on 2 processes (torchrun) is not supported")
+    assert len(said[0].splitlines()) == 1
+    assert said[1] == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_log_of_a_run_reads_well_in_a_file(finished: Path) -> None:
@@ -303,7 +341,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_outside_the_loop_is_answered_with_one_line(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
