@@ -89,6 +89,7 @@ def settle(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         device=device.type,
+        data=os.path.abspath(config.data),  # the run is evaluated from other folders too
         precision=choose_precision(config.precision, device).name,
         compile=choose_compile(config.compile, device),
         loader=choose_loader(config.loader, device),

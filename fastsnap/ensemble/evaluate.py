@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def evaluate_run(
     """
     config = folder.config()
     entries = choose_snapshots(folder, snapshots)
-    dataset = dataset or _load_data(config, data)
+    dataset = dataset or _load_data(folder, config, data)
     image_set = _choose_split(dataset, split, folder)
     device = device or choose_device("auto")
     computed = _evaluation_precision(precision, device)
@@ -175,14 +176,26 @@ def choose_snapshots(folder: RunFolder, numbers: Sequence[int] | None) -> list[S
     return [entry for entry in entries if entry.number in numbers]
 
 
-def _load_data(config: dict[str, Any], data: str | None) -> Dataset:
+def _load_data(folder: RunFolder, config: dict[str, Any], data: str | None) -> Dataset:
+    """Never downloaded: the run was trained on data that are somewhere."""
+    if data and config["dataset"] == "digits":
+        raise ValueError(
+            f"data (--data) has no effect: the run was trained on scikit-learn's digits; got {data}"
+        )
     return load_dataset(
         config["dataset"],
-        data or config["data"],
+        data or _data_folder(folder, config["data"]),
+        download=False,
         validation=config["validation"],
         train_images=config["train_images"],
         seed=config["seed"],
     )
+
+
+def _data_folder(folder: RunFolder, data: str) -> Path:
+    """Where the run found its data; version 0.1.0 kept a relative path, of the folder that it was started in."""
+    starts = [Path(), *folder.path.resolve().parents]
+    return next((start / data for start in starts if (start / data).exists()), Path(data))
 
 
 def _choose_split(dataset: Dataset, split: str, folder: RunFolder) -> ImageSet:

@@ -13,6 +13,7 @@ import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -528,9 +529,125 @@ def test_a_bad_download_is_an_error_and_leaves_nothing(tmp_path, published, dama
     published.write_bytes(content + b"x" if damage == "changed" else content[:50])
     if damage == "gone":
         published.unlink()
-    with pytest.raises(DataError, match=r"was not downloaded \(.+\)\. To get it by hand, unpack .* digits"):
+    with pytest.raises(DataError, match=r"was not downloaded \(.+\)\. To get it by hand, put .* digits"):
         locate("cifar10", tmp_path / "data", download=True)
-    assert os.listdir(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_archive_that_lies_there_packed_is_unpacked(tmp_path, published):
+    files, source = locate("cifar10", tmp_path, download=False)
+    inside = tmp_path / "cifar-10-batches-py"
+    assert files == {name: inside / name for name in PUBLICATIONS["cifar10"].md5}
+    for name, path in files.items():
+        assert path.read_bytes() == (tmp_path / "source" / "cifar-10-batches-py" / name).read_bytes()
+    assert "unpacked from cifar-10-python.tar.gz, not the published files" in source
+    assert sorted(os.listdir(tmp_path)) == ["cifar-10-batches-py", published.name, "source"]
+    assert "unpacked" not in locate("cifar10", tmp_path, download=False)[1]
+
+
+def test_an_incomplete_folder_beside_an_archive_stays_and_is_told(tmp_path, published):
+    inside = tmp_path / "cifar-10-batches-py"
+    inside.mkdir()
+    with pytest.raises(
+        DataError, match=r"is incomplete.*; remove it, and .*cifar-10-python.tar.gz is unpacked"
+    ):
+        locate("cifar10", tmp_path, download=False)
+    assert os.listdir(inside) == []
+
+
+def packed(folder, change):
+    """An archive of CIFAR-10's file names, each holding its name; `change(tar, name)` may add another instead."""
+    archive = folder / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in PUBLICATIONS["cifar10"].md5:
+            if not change(tar, f"cifar-10-batches-py/{name}"):
+                add(tar, f"cifar-10-batches-py/{name}", name.encode())
+    return archive
+
+
+def add(tar, name, content=b"", **fields):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    tar.addfile(member, BytesIO(content))
+    return True
+
+
+def test_other_members_of_an_archive_are_never_written(tmp_path):
+    """A path that leads out, a link out of the folder, a device: none of them is asked for."""
+
+    def hostile(tar, name):
+        if name.endswith("test_batch"):
+            add(tar, "../escaped", b"x")
+            add(tar, str(tmp_path / "absolute"), b"x")
+            add(tar, "cifar-10-batches-py", type=tarfile.SYMTYPE, linkname="/tmp")
+            add(tar, "cifar-10-batches-py/device", type=tarfile.CHRTYPE)
+            add(tar, "cifar-10-batches-py/readme.html", b"hello")
+
+    data = tmp_path / "data"
+    data.mkdir()
+    packed(data, hostile)
+    files, _ = locate("cifar10", data, download=False)
+    assert sorted(os.listdir(data / "cifar-10-batches-py")) == sorted(PUBLICATIONS["cifar10"].md5)
+    assert files["test_batch"].read_bytes() == b"test_batch"
+    assert sorted(os.listdir(tmp_path)) == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tar, name: name.endswith("_3"), "lacks cifar-10-batches-py/data_batch_3: get it again"),
+        (
+            lambda tar, name: (
+                name.endswith("_3") and add(tar, name, type=tarfile.SYMTYPE, linkname="/etc/passwd")
+            ),
+            "data_batch_3 in .* is no plain file",
+        ),
+        (
+            lambda tar, name: (
+                name.endswith("_3") and add(tar, name, type=tarfile.LNKTYPE, linkname="test_batch")
+            ),
+            "data_batch_3 in .* is no plain file",
+        ),
+        (lambda tar, name: [add(tar, str(i)) for i in range(101)] and False, "more than 100 members"),
+    ],
+    ids=range(4),
+)
+def test_an_archive_of_something_else_is_an_error_and_leaves_nothing(tmp_path, change, message):
+    archive = packed(tmp_path, change)
+    with pytest.raises(DataError, match=rf"was not unpacked \(.*{message}"):
+        locate("cifar10", tmp_path, download=True)
+    assert os.listdir(tmp_path) == [archive.name]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "plain"])
+def test_a_damaged_archive_is_a_clear_error(tmp_path, damage):
+    archive = packed(tmp_path, lambda tar, name: False)
+    content = archive.read_bytes()
+    middle = len(content) // 2
+    archive.write_bytes(
+        {
+            "cut": content[:middle],
+            "changed": content[:middle] + b"x" * 9 + content[middle + 9 :],
+            "empty": b"",
+            "plain": b"<html>not found</html>" * 99,
+        }[damage]
+    )
+    with pytest.raises(
+        DataError, match=r"cifar-10-python\.tar\.gz (is damaged or truncated|lacks) .*get it again"
+    ):
+        locate("cifar10", tmp_path, download=False)
+    assert os.listdir(tmp_path) == [archive.name]
+
+
+def test_a_small_archive_of_terabytes_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsnap.data.packed.LARGEST", 10**6)
+    archive = packed(tmp_path, lambda tar, name: add(tar, name, bytes(10**6)))
+    assert archive.stat().st_size < 10**5
+    with pytest.raises(DataError, match="unpacks to more than 1000000 bytes"):
+        locate("cifar10", tmp_path, download=False)
+    assert os.listdir(tmp_path) == [archive.name]
 
 
 def test_a_refused_connection_is_an_error(tmp_path, monkeypatch):
