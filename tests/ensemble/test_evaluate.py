@@ -222,7 +222,7 @@ def test_relative_data_of_an_old_run_are_found_from_where_it_lies(tmp_path, monk
 def test_evaluating_without_the_data_downloads_nothing_and_makes_no_folder(tmp_path, monkeypatch):
     folder = small_run(tmp_path / "runs" / "one", snapshots=1, dataset="cifar100", data="data")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="CIFAR-100 was not found in .*downloading is switched off"):
+    with pytest.raises(ValueError, match=r"CIFAR-100 was not found in .*downloading is switched off"):
         evaluate_run(folder, device=CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
