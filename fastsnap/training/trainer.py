@@ -12,6 +12,7 @@ from fastsnap.kernels.schedule import Schedule
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.training.apex import ApexSGD
 from fastsnap.training.optim import SnapshotSGD
+from fastsnap.training.pace import Pace
 from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
 from fastsnap.training.step import TrainStep
 from fastsnap.training.stopping import TrainingStopped, stop_signals
@@ -76,6 +77,7 @@ class Trainer:
         self._shapes: set[tuple[int, ...]] = set()
         self._estimated = False
         self._look = Look(self.step, self._session_start)
+        self._pace = Pace(self.step, self._session_start)
         with stop_signals() as stop:
             while self.step < self.schedule.steps:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
@@ -89,6 +91,7 @@ class Trainer:
         """Leave the first steps, and the first of a batch size (the compiler starts again), out of the estimate."""
         if self.step <= self._first_step + WARM_UP_STEPS or shape not in self._shapes:
             self._warm = (self.step, time.perf_counter())
+            self._pace.restart(*self._warm)
         self._shapes.add(shape)
 
     def _after_step(self, display: ProgressDisplay, stop_signal: int | None) -> None:
@@ -107,6 +110,8 @@ class Trainer:
             self._end_epoch()
         if checkpoint_due:
             self.save_checkpoint()
+        if saving:
+            self._pace.restart(self.step, time.perf_counter())
         if stop_signal and self.step < self.schedule.steps:
             raise TrainingStopped(stop_signal, "a checkpoint is saved")
 
@@ -126,6 +131,9 @@ class Trainer:
         if not self._estimated and self.step - self._warm[0] >= ESTIMATE_STEPS:
             self._estimated = True
             display.message(self._estimate(status))
+        slower = self._pace.look(self.step, self._look.time)
+        if slower is not None:
+            display.message(self._slowness(slower))
 
     def _status(self) -> Status:
         look = self._look
@@ -158,6 +166,16 @@ class Trainer:
                 "or on a GPU. Ctrl-C saves a checkpoint"
             )
         return text
+
+    def _slowness(self, factor: float) -> str:
+        text = f"steps take {factor:.0f} times what they took at their best: another program seems to use the same "
+        if self.train_step.device.type == "cuda":
+            return text + "GPU"
+        return text + (
+            "cores. If it goes on, stop this run with Ctrl-C, which saves a checkpoint, and go on with it by the same "
+            "command and --threads 1 (make: ARGS='--threads 1'), as with the other program, so that they do not wait "
+            "for each other's cores"
+        )
 
     # -- saving
 

@@ -1,7 +1,9 @@
 """The loop with a last batch that is larger than the others: where it can stop, what it counts, what it refuses."""
 
+import io
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,34 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     assert trainer.schedule.steps == EPOCHS * STEPS_PER_EPOCH
     run(trainer)
     return trainer.folder
+
+
+class SlowPipeline(StoppingPipeline):
+    """The batches of a pipeline; from one step on they come so late that every step takes 9 times the longest before."""
+
+    def epoch(self, epoch: int, first_step: int = 0):
+        longest, before = 0.0, time.perf_counter()
+        for step, batch in enumerate(self.pipeline.epoch(epoch, first_step), start=first_step):
+            if step >= self.stop_step:
+                time.sleep(8 * longest)
+            yield batch
+            longest = longest if step >= self.stop_step else max(longest, time.perf_counter() - before)
+            before = time.perf_counter()
+
+
+def test_steps_that_become_slow_are_told_once_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsnap.training.pace.SLOW_SECONDS", 0.0)
+    config = make_config(net="resnet8", epochs=1, cycles=1, batch_size=32, threads=1, out=str(tmp_path))
+    trainer = build_trainer(settle(config), load_dataset("digits"), RunFolder(tmp_path))
+    trainer.pipeline = SlowPipeline(trainer.pipeline, 20)
+    monkeypatch.setattr("fastsnap.training.trainer.LOG_STEPS", 5)
+    console = Console(file=io.StringIO())
+    with ProgressDisplay(console, 0, trainer.schedule.steps) as display:
+        trainer.run(display)
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith("steps take ")]
+    assert len(lines) == 1
+    assert "times what they took at their best" in lines[0]
+    assert "--threads 1" in lines[0]
 
 
 def results(folder: RunFolder) -> tuple[list[bytes], list[dict[str, float]]]:
