@@ -20,6 +20,29 @@ help:
 PYTHON ?= python3
 BIN := .venv/bin
 
+# A variable that no target asked for reads would be ignored without a word.
+VARIABLES_train := DATASET M EPOCHS NET BATCH LR SEED DATA OUT ARGS
+VARIABLES_bench := DATA OUT ARGS
+VARIABLES_apex := APEX_TAG
+TOOLS := PYTHON SHELL MAKE CC CXX CPP CFLAGS CXXFLAGS CPPFLAGS LDFLAGS
+MEANT_BATCH_SIZE := BATCH
+MEANT_BATCHSIZE := BATCH
+MEANT_CYCLES := M
+MEANT_SNAPSHOTS := M
+MEANT_LEARNING_RATE := LR
+MEANT_EPOCH := EPOCHS
+MEANT_NETWORK := NET
+MEANT_MODEL := NET
+goals := $(or $(MAKECMDGOALS),help)
+given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+taken := $(foreach goal,$(goals),$(VARIABLES_$(goal)))
+refuse = $(error make $(goals) has no variable $(1)$(if $(MEANT_$(1)),: did you mean $(MEANT_$(1))?,.) $(if $(taken),Its variables \
+  are $(taken)$(if $(filter ARGS,$(taken)),; other flags go into ARGS='--flag value'),It takes none))
+ifneq ($(filter NPROC,$(given)),)
+$(error NPROC is not supported yet: training runs in one process, on all cores or on one GPU. Leave it out)
+endif
+$(foreach name,$(filter-out $(taken) $(TOOLS),$(given)),$(call refuse,$(name)))
+
 flag = $(if $($(1)),$(2) '$($(1))')
 TRAIN_FLAGS = $(call flag,DATASET,--dataset) $(call flag,M,--cycles) $(call flag,EPOCHS,--epochs) $(call flag,NET,--net) \
   $(call flag,BATCH,--batch-size) $(call flag,LR,--lr) $(call flag,SEED,--seed) $(call flag,DATA,--data) \

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from scipy import stats
 
+from fastsnap.assembly import describe, settle
 from fastsnap.config import STANDARD_RATE, TrainConfig, make_config
 from fastsnap.data.datasets import Dataset, load_dataset
 from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.run_folder import RunFolder
-from fastsnap.train import describe, settle
 from harness.measure import PROJECT, Result, Settings
 from harness.project import train_run
 from harness.task import DATASET

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from fastsnap.assembly import build_trainer
 from fastsnap.data.pipeline import choose_loader
 from fastsnap.run_folder import RunFolder
-from fastsnap.train import build_trainer
 from harness.measure import PROJECT, Result, Settings, alternate, compare, not_installed
 from harness.paced import Pace, PacedProcess
 from harness.project import batches_loop, configure, threads_of

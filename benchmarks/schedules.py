@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from fastsnap.assembly import build_trainer
 from fastsnap.data.datasets import Dataset
 from fastsnap.run_folder import RunFolder
-from fastsnap.train import build_trainer
 from harness.measure import PROJECT, Result, Settings, alternate, compare, spread
 from harness.paced import PacedProcess
 from harness.project import configure, seconds_of_a_run, train_loop

@@ -21,10 +21,10 @@ PROCESS_START = os.stat("/proc/self").st_ctime  # before torch is imported
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from fastsnap.assembly import build_trainer, describe, settle  # noqa: E402
 from fastsnap.config import parse_arguments  # noqa: E402
 from fastsnap.data.datasets import load_dataset  # noqa: E402
 from fastsnap.run_folder import RunFolder  # noqa: E402
-from fastsnap.train import build_trainer, describe, settle  # noqa: E402
 from fastsnap.training.allocator import keep_freed_memory  # noqa: E402
 from fastsnap.training.progress import ProgressDisplay  # noqa: E402
 from fastsnap.training.trainer import Trainer  # noqa: E402

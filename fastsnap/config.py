@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Recipe:
     batch_size: int = 64
 
 
+LARGEST = 2**31 - 1  # of a number that is counted with; products of two fit into 64 bits
 STANDARD_RATE = 0.1  # of --schedule step, whatever the data set (REFERENCE.md's baseline)
 
 RECIPES = {
@@ -115,16 +117,22 @@ class TrainConfig:
         datasets.check_name(self.dataset)
         resnet.parse_name(self.net)
         for name in ("cycles", "epochs", "batch_size", "train_images"):
-            _require(self, name, "at least 1", lambda value: value >= 1)
+            _require(self, name, f"from 1 to {LARGEST}", lambda value: 1 <= value <= LARGEST)
         _require(self, "threads", f"from 1 to {MOST_THREADS}", lambda value: 1 <= value <= MOST_THREADS)
+        # As the update has them, in fp32.
         _require(
-            self, "learning_rate", "finite and above 0", lambda value: math.isfinite(value) and value > 0
+            self, "learning_rate", "finite and above 0 in fp32", lambda value: 0 < _fp32(value) < math.inf
         )
-        _require(self, "momentum", "at least 0 and below 1", lambda value: 0 <= value < 1)
         _require(
-            self, "weight_decay", "finite and at least 0", lambda value: math.isfinite(value) and value >= 0
+            self, "momentum", "at least 0 and below 1 in fp32", lambda value: value >= 0 and _fp32(value) < 1
         )
-        _require(self, "validation", "at least 0", lambda value: value >= 0)
+        _require(
+            self,
+            "weight_decay",
+            "finite in fp32 and at least 0",
+            lambda value: value >= 0 and _fp32(value) < math.inf,
+        )
+        _require(self, "validation", f"from 0 to {LARGEST}", lambda value: 0 <= value <= LARGEST)
         _require(self, "seed", "from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
         for name, metadata in _metadata().items():
             if metadata["choices"] and name != "dataset" and getattr(self, name) not in metadata["choices"]:
@@ -133,9 +141,26 @@ class TrainConfig:
                 )
 
 
+def _fp32(value: float) -> float:
+    """The nearest number of fp32, which may be infinity."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.inf
+
+
 def make_config(dataset: str = "digits", **given: Any) -> TrainConfig:
-    """A configuration from the values given; what is None or left out comes from the data set's recipe."""
+    """A configuration from the values given; what is None or left out comes from the data set's recipe.
+
+    Raises ValueError for values that cannot be used, and for one that would have no effect.
+    """
     datasets.check_name(dataset)
+    if dataset == "digits" and given.get("data") is not None:
+        others = ", ".join(name for name in datasets.DATASETS if name != "digits")
+        raise ValueError(
+            f"data (--data, make: DATA) has no effect with the data set digits, which is scikit-learn's; got "
+            f"{given['data']}: leave it out, or choose another --dataset (make: DATASET) of {others}"
+        )
     recipe = dataclasses.asdict(RECIPES[dataset])
     if given.get("schedule") == "step":
         recipe["learning_rate"] = STANDARD_RATE

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastsnap.limits import Room, free_memory
+
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +38,13 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
     return torch.device(name)
+
+
+def free_device_memory(device: torch.device) -> Room | None:
+    """Memory that this process can still take where `device` computes; None where nothing says it."""
+    if device.type != "cuda":
+        return free_memory()
+    return Room(torch.cuda.mem_get_info(device)[0], "free on the GPU")
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

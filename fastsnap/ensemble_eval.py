@@ -4,17 +4,19 @@ Writes ensemble.json, error-against-m.png and training.png into the run folder, 
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from fastsnap import __version__
 from fastsnap.device import DEVICES, PRECISIONS, choose_device
 from fastsnap.ensemble.evaluate import BATCH_SIZE, SPLITS
 from fastsnap.ensemble.report import report_run
 from fastsnap.limits import choose_threads
-from fastsnap.printing import make_console, print_error
+from fastsnap.printing import is_lost, make_console, print_error
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
@@ -97,27 +99,32 @@ def _check_json_path(path: str | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one."""
+    """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one.
+
+    An output that closes counts as SIGPIPE; what was evaluated is saved before it is shown.
+    """
     options = _parser().parse_args(arguments)
     keep_freed_memory()
     try:
         with stop_signals_raised():
-            _evaluate(options)
+            console = _evaluate(options)
     except TrainingStopped as stopped:
-        print(f"stopped by {stopped}", file=sys.stderr)
+        print_error(f"stopped by {stopped}")
         return 128 + stopped.signal_number
     except ValueError as error:
-        print_error(error)
+        print_error(f"error: {error}")
         return 2
-    return 0
+    return 128 + signal.SIGPIPE if is_lost(console) else 0
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> Console:
+    """Returns the console that the report was printed on."""
     _check_json_path(options.json)
     torch.set_num_threads(choose_threads(options.threads).count)
+    console = make_console(stderr=options.json == "-")
     report_run(
         RunFolder(options.run) if options.run else newest_run(),
-        console=make_console(stderr=options.json == "-"),
+        console=console,
         json_path=options.json,
         out=Path(options.out) if options.out else None,
         data=options.data,
@@ -127,6 +134,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         device=choose_device(options.device),
         precision=options.precision,
     )
+    return console
 
 
 if __name__ == "__main__":

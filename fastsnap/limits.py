@@ -1,17 +1,26 @@
-"""How many cores this process may use: what the machine has, the affinity mask and a container's quota allow.
+"""What this process may use of cores, memory and disk: what the machine has, and what a container leaves of it.
 
-A quota (Docker's --cpus, a Kubernetes limit) shows in neither the number of cores nor the mask. Without looking at it,
-a thread per core of the host would fight over a few of them.
+A quota of cores (Docker's --cpus, a Kubernetes limit) shows in neither the number of cores nor the affinity mask.
+Without looking at it, a thread per core of the host would fight over a few of them. A limit of memory does not show in
+the free memory, and the kernel kills a process that passes either without a word.
 """
 
+import contextlib
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 
 MOST_THREADS = 1024
+NO_LIMIT = 2**60  # bytes; version 1 writes a number near 2**63 for none
+# Limit, use and the line of memory.stat that counts what can be had back at once: the cache of files.
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),  # version 2
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+)
 
 
 @dataclass(frozen=True)
@@ -79,3 +88,59 @@ def _quotas(group: Path) -> list[float]:
         if quota != "max" and int(quota) > 0:
             quotas.append(int(quota) / int(period))
     return quotas
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that can still be taken, and of what, for an error."""
+
+    bytes: int
+    reason: str
+
+
+def free_memory(root: Path = Path("/")) -> Room | None:
+    """Memory that this process can still take: what the machine has free and its control groups leave, the least.
+
+    root  where /proc and /sys lie
+    None where nothing says it.
+    """
+    rooms = [room for group in _groups(root, "memory") if (room := _left_of_limit(group))]
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+        kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines}
+        free = 1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0))
+        rooms.append(Room(free, "free on this machine"))
+    return min(rooms, key=lambda room: room.bytes, default=None)
+
+
+def _left_of_limit(group: Path) -> Room | None:
+    """What one control group leaves of its memory limit; None without one."""
+    for limit_file, use_file, cache_line in MEMORY_FILES:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            limit = int((group / limit_file).read_text())
+            if limit >= NO_LIMIT:
+                continue
+            use = int((group / use_file).read_text())
+            lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cache = sum(int(value) for name, value in lines if name == cache_line)
+            return Room(
+                max(0, limit - use + cache), f"left of the container's limit of {format_bytes(limit)}"
+            )
+    return None
+
+
+def free_disk(folder: Path) -> Room | None:
+    """What the file system holds on which `folder` lies, or will lie. None where it cannot be asked."""
+    for place in (folder, *folder.absolute().parents):
+        with contextlib.suppress(OSError):
+            return Room(shutil.disk_usage(place).free, f"free on the disk of {place}")
+    return None
+
+
+def format_bytes(count: int) -> str:
+    """A size to three figures: "31 bytes", "4.20 MB", "5,880 GB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            value = count / size
+            return f"{value:,.{max(0, 2 - int(math.log10(value)))}f} {unit}"
+    return f"{count} bytes"

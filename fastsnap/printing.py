@@ -1,7 +1,10 @@
 """What is printed is data: names, paths and labels appear as they are, on any stream, and never as commands to it."""
 
+import contextlib
+import os
 import sys
 import unicodedata
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -12,12 +15,54 @@ PLAIN_SIGNS = {"±": "+-"}
 DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
+class Output:
+    """A text stream whose reader may leave: what can no longer be written is dropped, and `lost` says so.
+
+    A pipe that closes (`| head`) and a terminal that is gone must not end a run before its checkpoint is saved.
+    stream  None, as sys.stdout is where a process starts without one, drops everything
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.lost = False
+
+    def write(self, text: str) -> int:
+        """Write `text`, if that is still possible; returns its length."""
+        self._attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand everything to the system, if that is still possible."""
+        self._attempt("flush")
+
+    def _attempt(self, method: str, *arguments: str) -> None:
+        if self._stream is None or self.lost:
+            return
+        try:
+            getattr(self._stream, method)(*arguments)
+        except OSError:
+            self.lost = True
+            # What is buffered goes nowhere, so that the interpreter does not fail at it when it ends.
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def make_console(*, stderr: bool = False) -> Console:
     """A console on standard output, or standard error. Colours and live displays are for terminals only.
 
     FORCE_COLOR and its like would fill log files with the codes that move a cursor.
     """
-    return Console(stderr=stderr, force_terminal=(sys.stderr if stderr else sys.stdout).isatty())
+    stream = sys.stderr if stderr else sys.stdout
+    terminal = stream is not None and stream.isatty()
+    return Console(file=cast(TextIO, Output(stream)), force_terminal=terminal)
+
+
+def is_lost(console: Console) -> bool:
+    """Whether nobody can read `console` any more."""
+    return isinstance(console.file, Output) and console.file.lost
 
 
 def print_line(console: Console, text: str) -> None:
@@ -26,9 +71,9 @@ def print_line(console: Console, text: str) -> None:
     console.print(Text(literal(text, console.encoding)), soft_wrap=True)
 
 
-def print_error(error: Exception) -> None:
-    """Print `error` in one line on standard error."""
-    print(f"error: {literal(str(error), sys.stderr.encoding)}", file=sys.stderr)
+def print_error(text: str) -> None:
+    """Print `text` in one line on standard error, if anyone can read it."""
+    print_line(make_console(stderr=True), text)
 
 
 def literal(text: str, encoding: str = "utf-8") -> str:

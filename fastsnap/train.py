@@ -4,97 +4,28 @@ One run trains, saves a snapshot at the end of each learning-rate cycle, and eva
 again goes on with an unfinished run, to the same bits, and evaluates a finished one.
 """
 
-import dataclasses
-import platform
-import subprocess
+import os
+import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from fastsnap import __version__
+from fastsnap.assembly import as_begun, build_trainer, describe, require_room, settle
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.datasets import Dataset, load_dataset
-from fastsnap.data.fingerprint import fingerprints, image_sets, require_same_images
-from fastsnap.data.pipeline import choose_loader, make_pipeline
+from fastsnap.data.fingerprint import image_sets, require_same_images
 from fastsnap.device import choose_device, choose_precision
 from fastsnap.ensemble.report import report_run
-from fastsnap.kernels.schedule import Schedule
 from fastsnap.limits import choose_threads
-from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
-from fastsnap.printing import make_console, print_error, print_line
+from fastsnap.printing import is_lost, make_console, print_error, print_line
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_state import require_config, set_aside
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
-from fastsnap.training.step import TrainStep, choose_compile
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
 from fastsnap.training.trainer import Trainer
-from fastsnap.training.updates import build_optimizer
-
-
-def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:
-    """A trainer at step 0. `config` has no "auto" left: see `settle`."""
-    device = torch.device(config.device)
-    pipeline = make_pipeline(
-        dataset.train,
-        batch_size=config.batch_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=device,
-        seed=config.seed,
-        padding=dataset.padding,
-        flip=dataset.flip,
-        loader=config.loader,
-    )
-    schedule = Schedule(
-        config.schedule, config.epochs * pipeline.steps_per_epoch, config.cycles, config.learning_rate
-    )
-    network = build_network(
-        config.net,
-        classes=len(dataset.classes),
-        in_channels=dataset.train.images.shape[3],
-        shortcut=config.shortcut,
-        seed=config.seed,
-        # The compiler fuses what is plain PyTorch, and cannot look into a kernel.
-        operations=PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS,
-    )
-    network = network.to(device).to(memory_format=torch.channels_last).train()
-    optimizer = build_optimizer(
-        config.update, network, schedule, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    train_step = TrainStep(
-        network,
-        optimizer,
-        device,
-        precision=config.precision,
-        compiled=config.compile == "on",
-        graphed=device.type == "cuda" and config.update == "fused",
-    )
-    return Trainer(network, optimizer, train_step, pipeline, schedule, len(dataset.train.labels), folder)
-
-
-def settle(config: TrainConfig) -> TrainConfig:
-    """`config` with everything that is left to this machine replaced by what it means here."""
-    device = choose_device(config.device)
-    return dataclasses.replace(
-        config,
-        device=device.type,
-        precision=choose_precision(config.precision, device).name,
-        compile=choose_compile(config.compile, device),
-        loader=choose_loader(config.loader, device),
-        threads=choose_threads(config.threads).count,
-    )
-
-
-def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
-    """`config` with the precision of the run that is there, where it is left to the machine: another one, on another
-    processor, would be another run.
-    """
-    begun = saved.get("precision")
-    return dataclasses.replace(config, precision=begun) if config.precision == "auto" and begun else config
 
 
 def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tuple[RunFolder, Dataset]:
@@ -117,6 +48,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
         train_images=config.train_images,
         seed=config.seed,
     )
+    require_room(config, dataset, folder)
     with folder.locked(lambda text: print_line(console, text)):
         if restart:
             moved = set_aside(folder)
@@ -168,37 +100,6 @@ def _print_changes(console: Console, began: dict[str, Any]) -> None:
         )
 
 
-def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """config.json: the configuration, the data it was trained on, and the versions that trained it."""
-    images = {"train": len(dataset.train.labels), "test": len(dataset.test.labels)}
-    if dataset.validation is not None:
-        images["validation"] = len(dataset.validation.labels)
-    return dataclasses.asdict(config) | {
-        "images": images,
-        "fingerprints": fingerprints(dataset),
-        "classes": len(dataset.classes),
-        "data_source": dataset.source,
-        "versions": {
-            "fastsnap": __version__,
-            "git": _git_revision(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-    }
-
-
-def _git_revision() -> str | None:
-    """The revision of this source tree; None for an installed package."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def _print_summary(
     console: Console, asked: TrainConfig, config: TrainConfig, dataset: Dataset, trainer: Trainer
 ) -> None:
@@ -227,9 +128,14 @@ def _print_summary(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one."""
+    """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one.
+
+    An output that closes counts as SIGPIPE.
+    """
     console = make_console()
     restart = False
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        return _refuse_many_processes()
     keep_freed_memory()
     try:
         with stop_signals_raised():
@@ -244,12 +150,25 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except TrainingStopped as stopped:
         command = "same command again, without --restart," if restart else "same command again"
-        print_line(console, f"stopped by {stopped}. Run the {command} to go on")
+        text = f"stopped by {stopped}. Run the {command} to go on"
+        print_line(console, text)
+        if is_lost(console):
+            print_error(text)
         return 128 + stopped.signal_number
     except ValueError as error:
-        print_error(error)
+        print_error(f"error: {error}")
         return 2
-    return 0
+    return 128 + signal.SIGPIPE if is_lost(console) else 0
+
+
+def _refuse_many_processes() -> int:
+    """One line from the first of the processes that torchrun started, and the exit status of all."""
+    if os.environ.get("RANK", "0") == "0":
+        print_error(
+            f"error: training on {os.environ['WORLD_SIZE']} processes (torchrun) is not supported: run python "
+            "-m fastsnap.train without torchrun; one process uses all cores of the CPU, or one GPU"
+        )
+    return 2
 
 
 if __name__ == "__main__":

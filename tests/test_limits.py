@@ -1,4 +1,4 @@
-"""How many threads a process gets, with made-up files of control groups."""
+"""What a process may use of cores, memory and disk, with made-up files of control groups."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsnap.limits import choose_threads, cpu_quota
+from fastsnap.limits import choose_threads, cpu_quota, format_bytes, free_disk, free_memory
 
 
 def make(root: Path, files: dict[str, str]) -> Path:
@@ -81,3 +81,115 @@ def test_the_environment_variable_of_openmp_is_respected(tmp_path, monkeypatch):
 def test_numbers_that_cannot_be_meant_are_refused(asked):
     with pytest.raises(ValueError, match=f"threads must be from 1 to 1024, got {asked}"):
         choose_threads(asked)
+
+
+MEMINFO = {
+    "proc/meminfo": "MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable:    8000 kB\nHugePages_Total:  0\n"
+}
+V1_MEMORY = "sys/fs/cgroup/memory"
+MEMORY_CASES = {
+    "no files": ({}, None, ""),
+    "no limit": (
+        MEMINFO | {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"},
+        8_192_000,
+        "free on this machine",
+    ),
+    "swap counts": (
+        {"proc/meminfo": "MemAvailable: 8000 kB\nSwapFree: 1000 kB\n"},
+        9_216_000,
+        "free on this machine",
+    ),
+    "version 2: what is used is gone, files that are kept for speed are not": (
+        MEMINFO
+        | {
+            "proc/self/cgroup": "0::/a\n",
+            "sys/fs/cgroup/a/memory.max": "5000000\n",
+            "sys/fs/cgroup/a/memory.current": "3000000\n",
+            "sys/fs/cgroup/a/memory.stat": "anon 2000000\nfile 900000\ninactive_file 500000\n",
+        },
+        2_500_000,
+        "left of the container's limit of 5.00 MB",
+    ),
+    "version 2, the parent limits": (
+        MEMINFO
+        | {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/b/memory.max": "max\n",
+            "sys/fs/cgroup/a/memory.max": "2000000\n",
+            "sys/fs/cgroup/a/memory.current": "1500000\n",
+            "sys/fs/cgroup/a/memory.stat": "anon 1500000\n",
+        },
+        500_000,
+        "left of the container's limit of 2.00 MB",
+    ),
+    "the machine has less than the limit": (
+        MEMINFO
+        | {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": "50000000\n",
+            "sys/fs/cgroup/memory.current": "0\n",
+            "sys/fs/cgroup/memory.stat": "anon 0\n",
+        },
+        8_192_000,
+        "free on this machine",
+    ),
+    "version 1, the host's path in a container": (
+        MEMINFO
+        | {
+            "proc/self/cgroup": "4:memory:/docker/0123\n3:cpu:/x\n",
+            f"{V1_MEMORY}/memory.limit_in_bytes": "4000000\n",
+            f"{V1_MEMORY}/memory.usage_in_bytes": "4500000\n",
+            f"{V1_MEMORY}/memory.stat": "cache 1\ninactive_file 7\ntotal_inactive_file 600000\n",
+        },
+        100_000,
+        "left of the container's limit of 4.00 MB",
+    ),
+    "version 1, no limit": (
+        MEMINFO
+        | {
+            "proc/self/cgroup": "4:memory:/\n",
+            f"{V1_MEMORY}/memory.limit_in_bytes": "9223372036854771712\n",
+            f"{V1_MEMORY}/memory.usage_in_bytes": "4500000\n",
+            f"{V1_MEMORY}/memory.stat": "cache 1\n",
+        },
+        8_192_000,
+        "free on this machine",
+    ),
+    "damaged": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": "lots\n",
+            "proc/meminfo": "MemAvailable\n",
+        },
+        None,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "count", "reason"), MEMORY_CASES.values(), ids=MEMORY_CASES.keys())
+def test_memory_is_what_the_machine_and_the_container_leave(tmp_path, files, count, reason):
+    room = free_memory(make(tmp_path, files))
+    assert (room and room.bytes) == count
+    assert (room.reason if room else "") == reason
+
+
+def test_the_disk_of_a_folder_is_known_before_there_is_one(tmp_path):
+    room = free_disk(tmp_path / "runs" / "one")
+    assert room is not None
+    assert room.bytes > 0
+    assert room.reason == f"free on the disk of {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (4_200_000, "4.20 MB"),
+        (22 * 10**9, "22.0 GB"),
+        (5_880 * 10**9, "5,880 GB"),
+    ],
+)
+def test_sizes_have_three_figures(count, text):
+    assert format_bytes(count) == text

@@ -45,7 +45,7 @@ def test_a_process_prints_on_streams_of_every_encoding_and_no_cursor_codes_into_
         "console = make_console()\n"
         "with console.status('reading', spinner='line'):\n"
         "    print_line(console, '± [b]\\x1b[1A')\n"
-        "print_error(ValueError('two\\nlines \\udcff'))\n"
+        "print_error('error: two\\nlines \\udcff')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

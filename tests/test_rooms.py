@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From the top to the bottom: a module imports from its own room and from those below, never up.
 ROOMS = (
     ("train", "ensemble_eval"),
+    ("assembly",),
     ("config",),
     ("ensemble",),
     ("training",),

@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from fastsnap.assembly import build_trainer, describe, settle
 from fastsnap.config import TrainConfig, differences, make_config
 from fastsnap.data.datasets import Dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
 from fastsnap.nets.resnet import build_network
 from fastsnap.run_folder import RunFolder
-from fastsnap.train import build_trainer, describe, settle
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.trainer import Trainer

@@ -23,7 +23,9 @@ ADMITTED_NAMES = {  # NumPy 2 moved numpy.core to numpy._core
     ("numpy._core.numeric", "_frombuffer"),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
-    ("_codecs", "encode"),
+    ("_codecs", "encode"),  # how Python 3 writes bytes for protocols 0 to 2, and
+    ("__builtin__", "bytes"),  # how it writes empty ones
+    ("builtins", "bytes"),
 }
 INTEGER_CODES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
 IDX_UINT8 = 8
@@ -99,12 +101,22 @@ def read_pickle(path: Path, largest: int) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str:
-    """A text: bytes in pickles of Python 2, str in those of Python 3. Raises ValueError for other types."""
-    if isinstance(value, bytes):
-        return value.decode("latin1")
-    if not isinstance(value, str):
+    """A text: str, or bytes, however they were pickled. Raises ValueError for anything else."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes | Call):
         raise ValueError(f"a text was expected, got {type(value).__name__}")
-    return value
+    return _as_bytes(value).decode("latin1")
+
+
+def as_texts(value: Any, path: Path, key: str, count: int) -> tuple[str, ...]:
+    """The list of `count` texts that `value` is. Raises DataError, naming file and key, for anything else."""
+    try:
+        if isinstance(value, list) and len(value) == count:
+            return tuple(as_text(text) for text in value)
+    except ValueError:  # one of them is no text
+        pass
+    raise DataError(f"{path} should hold a list of {count} texts in {key!r}: get it again")
 
 
 def as_array(value: Any, path: Path, key: str, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -145,11 +157,17 @@ def _recorded_array(value: Any) -> NDArray[Any]:
 
 
 def _as_bytes(data: Any) -> bytes:
-    if isinstance(data, Call) and data.name == "encode":  # how Python 3 writes bytes for protocols 0 to 2
-        text, _encoding = data.arguments
-        return as_text(text).encode("latin1")
+    """Bytes, as such or as one of the calls that Python 3 writes for them. Raises ValueError for anything else."""
+    if isinstance(data, Call) and (data.name, data.arguments) == ("bytes", ()):
+        return b""
+    if isinstance(data, Call) and data.name == "encode":
+        text, encoding = data.arguments
+        if isinstance(text, str) and encoding == "latin1":
+            return text.encode("latin1")
     if not isinstance(data, bytes):
-        raise ValueError(f"the data of an array should be bytes, got {type(data).__name__}")
+        raise ValueError(
+            f"bytes were expected, got {data.name if isinstance(data, Call) else type(data).__name__}"
+        )
     return data
 
 

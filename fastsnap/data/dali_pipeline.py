@@ -61,7 +61,7 @@ class DaliPipeline:
     def _build(self, mean: list[float], std: list[float]) -> Any:
         on_gpu = self._device.type == "cuda"
         pipe = dali.Pipeline(
-            self._plan.batch_size,
+            self._plan.largest_batch,
             num_threads=THREADS,
             device_id=self._labels.get_device() if on_gpu else None,
             prefetch_queue_depth=PREFETCH,

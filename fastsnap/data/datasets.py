@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsnap.data.archives import DataError, as_array, as_text, read_idx, read_pickle
+from fastsnap.data.archives import DataError, as_array, as_texts, read_idx, read_pickle
 from fastsnap.data.downloads import locate
 from fastsnap.data.draws import FIXED_SPLIT, HELD_OUT, KEPT, shuffled
 
@@ -111,14 +111,7 @@ def _cifar(name: str, folder: Path, download: bool) -> Dataset:
 
 
 def _cifar_classes(path: Path, key: str, count: int) -> tuple[str, ...]:
-    names = _entry(read_pickle(path, LARGEST_META), key, path)
-    if (
-        not isinstance(names, list)
-        or len(names) != count
-        or not all(isinstance(name, bytes | str) for name in names)
-    ):
-        raise DataError(f"{path} should hold a list of the {count} class names in {key!r}: get it again")
-    return tuple(as_text(name) for name in names)
+    return as_texts(_entry(read_pickle(path, LARGEST_META), key, path), path, key, count)
 
 
 def _cifar_images(paths: Sequence[Path], labels_key: str, count: int, classes: int) -> ImageSet:

@@ -1,8 +1,8 @@
 """Where the files of a published data set are looked for, and how they are fetched and verified."""
 
+import contextlib
 import hashlib
 import os
-import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from fastsnap.data.archives import DataError
+from fastsnap.data.packed import unpack
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 
@@ -22,8 +23,9 @@ class Publication:
     subfolder: str  # below the folder of data sets
     md5: dict[str, str]  # torchvision's checksums by file name, the smallest file first
     elsewhere: tuple[Path, ...]  # further folders to look in
+    archive: str | None  # the file that holds them all, in the folder of data sets
     by_hand: str  # how to get the files without this program; {folder}, and {inside} = folder / subfolder
-    download: Callable[[Path], None]  # into a folder of data sets, verified before anything is unpacked
+    download: Callable[[Path], None]  # into a folder of data sets, verified; the archive stays packed
 
 
 # torchvision is imported when it is needed, since that takes seconds. It downloads and verifies; it does not
@@ -32,14 +34,12 @@ def _download_cifar10(folder: Path) -> None:
     from torchvision.datasets import CIFAR10, utils
 
     utils.download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
-    _unpack(folder / CIFAR10.filename)
 
 
 def _download_cifar100(folder: Path) -> None:
     from torchvision.datasets import CIFAR100, utils
 
     utils.download_url(CIFAR100.url, str(folder), CIFAR100.filename, CIFAR100.tgz_md5)
-    _unpack(folder / CIFAR100.filename)
 
 
 def _download_fashion_mnist(folder: Path) -> None:
@@ -49,11 +49,6 @@ def _download_fashion_mnist(folder: Path) -> None:
         utils.download_url(
             FashionMNIST.mirrors[0] + filename, str(folder / "FashionMNIST" / "raw"), filename, md5
         )
-
-
-def _unpack(archive: Path) -> None:
-    with tarfile.open(archive) as tar:
-        tar.extractall(archive.parent, filter="data")
 
 
 PUBLICATIONS = {
@@ -70,7 +65,8 @@ PUBLICATIONS = {
             "test_batch": "40351d587109b95175f43aff81a1287e",
         },
         elsewhere=(),
-        by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {folder}",
+        archive="cifar-10-python.tar.gz",
+        by_hand="put https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {folder}",
         download=_download_cifar10,
     ),
     "cifar100": Publication(
@@ -82,7 +78,8 @@ PUBLICATIONS = {
             "train": "16019d7e3df5f24257cddd939b257f8d",
         },
         elsewhere=(),
-        by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz in {folder}",
+        archive="cifar-100-python.tar.gz",
+        by_hand="put https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz in {folder}",
         download=_download_cifar100,
     ),
     "fashion-mnist": Publication(
@@ -95,6 +92,7 @@ PUBLICATIONS = {
             "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
         },
         elsewhere=(DEBIAN_FOLDER,),
+        archive=None,
         by_hand="put the four files *-ubyte.gz of https://github.com/zalandoresearch/fashion-mnist in "
         "{inside}, or on Debian and Ubuntu install the package dataset-fashion-mnist",
         download=_download_fashion_mnist,
@@ -105,9 +103,9 @@ PUBLICATIONS = {
 def locate(name: str, folder: Path, download: bool) -> tuple[dict[str, Path], str]:
     """The files of data set `name` by published name, and a line that says where they came from.
 
-    Looks in torchvision's layout below `folder`, in `folder` itself and in the system's folders; then
-    downloads if it may. A file may lack its .gz. Raises DataError if the files are incomplete, or neither
-    there nor downloaded.
+    Looks in torchvision's layout below `folder`, in `folder` itself and in the system's folders, then for the archive
+    in `folder`, which it unpacks there; then downloads if it may. A file may lack its .gz. Raises DataError if the
+    files are incomplete or damaged, or neither there nor downloaded.
     """
     publication = PUBLICATIONS[name]
     inside = folder / publication.subfolder
@@ -116,21 +114,27 @@ def locate(name: str, folder: Path, download: bool) -> tuple[dict[str, Path], st
         files = _files_in(place, publication)
         if len(files) == len(publication.md5):
             return files, f"{place}: {_verdict(files, publication)}"
-    missing = publication.md5.keys() - _files_in(inside, publication).keys()
+    archive = folder / publication.archive if publication.archive else None
+    packed = archive is not None and archive.is_file()
     if inside.exists():
-        reason = f"{inside} is incomplete: it lacks {', '.join(sorted(missing))}"
+        missing = sorted(publication.md5.keys() - _files_in(inside, publication).keys())
+        reason = f"{inside} is incomplete: it lacks {', '.join(missing)}"
+        reason += f"; remove it, and {archive} is unpacked in its place" if packed else ""
+    elif packed:
+        reason = _place(publication, folder, lambda _: None)
     elif download:
-        reason = _fetch(publication, folder)
+        reason = _place(publication, folder, publication.download)
     else:
         reason = "downloading is switched off"
     if reason:
         raise DataError(
-            f"{publication.title} was not found in {', '.join(map(str, places))}, and was not downloaded "
-            f"({reason}). To get it by hand, {publication.by_hand.format(folder=folder, inside=inside)}. "
-            "--dataset digits needs no files"
+            f"{publication.title} was not found in {', '.join(map(str, places))}, and was not "
+            f"{'unpacked' if packed else 'downloaded'} ({reason}). To get it by hand, "
+            f"{publication.by_hand.format(folder=folder, inside=inside)}. --dataset digits needs no files"
         )
     files = _files_in(inside, publication)
-    return files, f"{inside}: downloaded, {_verdict(files, publication)}"
+    how = f"unpacked from {publication.archive}" if packed else "downloaded"
+    return files, f"{inside}: {how}, {_verdict(files, publication)}"
 
 
 def _files_in(place: Path, publication: Publication) -> dict[str, Path]:
@@ -158,15 +162,30 @@ def _md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fetch(publication: Publication, folder: Path) -> str:
-    """Download into `folder`, whole or not at all. Returns why it failed, "" if it did not."""
+def _place(publication: Publication, folder: Path, download: Callable[[Path], None]) -> str:
+    """Download and unpack into `folder`, whole or not at all. Returns why it failed, "" if it did not."""
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as temporary:
-            publication.download(Path(temporary))
+            download(Path(temporary))
+            found = Path(temporary) / publication.subfolder
+            if publication.archive:
+                fetched = Path(temporary) / publication.archive
+                found.mkdir()
+                archive = fetched if fetched.exists() else folder / publication.archive
+                unpack(archive, publication.subfolder, publication.md5, found)
             target = folder / publication.subfolder
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(temporary) / publication.subfolder, target)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum does not hold
+            os.replace(found, target)
+    except (
+        OSError,
+        HTTPException,
+        RuntimeError,
+        DataError,
+    ) as error:  # RuntimeError: the checksum does not hold
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         return str(error)
     return ""

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from fastsnap.data.draws import crops_and_flips, permutation
 
+# Fewest images of a training batch, unless smaller ones are asked for. A tenth of BatchNorm's running statistics comes
+# from the last batch before a snapshot is saved, so a few images there spoil it: measured in CHANGELOG.md.
+LEAST_BATCH = 16
+
 
 class Pipeline(Protocol):
     """What the training loop and the evaluation iterate over."""
 
     name: str  # "dali-cpu", "dali-gpu" or "torch"
     batch_size: int
-    steps_per_epoch: int  # batches in an epoch, the last partial one included
+    steps_per_epoch: int  # batches in an epoch; all but the last hold `batch_size` images
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of `epoch` (from 0), starting at batch `first_step`.
@@ -40,10 +44,21 @@ class Batch(NamedTuple):
     flips: NDArray[np.bool_]  # [B]
 
 
+def training_steps(count: int, batch_size: int) -> int:
+    """Batches in which an epoch trains on `count` images.
+
+    The last holds what the others leave; where that is fewer than LEAST_BATCH, and than `batch_size`, it joins the
+    batch before it, which then is larger than `batch_size`.
+    """
+    full, rest = divmod(count, batch_size)
+    return max(1, full + (rest >= min(LEAST_BATCH, batch_size)))
+
+
 class Plan:
     """Which images each batch holds and how they are augmented: a function of (seed, epoch, step).
 
-    Without augmentation every epoch is the same: the images in their order, unflipped and uncropped.
+    Without augmentation (evaluation) every epoch is the same: the images in their order, unflipped and uncropped, and
+    the last batch holds what remains, however few. `largest_batch` is the number of images of the largest.
     """
 
     def __init__(
@@ -51,7 +66,8 @@ class Plan:
     ) -> None:
         self.count, self.batch_size = count, batch_size
         self.augment, self.padding = augment, padding if augment else 0
-        self.steps_per_epoch = -(-count // batch_size)
+        self.steps_per_epoch = training_steps(count, batch_size) if augment else -(-count // batch_size)
+        self.largest_batch = max(min(count, batch_size), count - (self.steps_per_epoch - 1) * batch_size)
         self._seed, self._flip = seed, flip
         # Two epochs are in use at once while the next one is prefetched.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
@@ -64,7 +80,8 @@ class Plan:
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The draws of batch `step` of `epoch`."""
-        part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        last = step == self.steps_per_epoch - 1
+        part = slice(step * self.batch_size, None if last else (step + 1) * self.batch_size)
         indices, offsets, flips = self._epoch(epoch if self.augment else 0)
         return Batch(indices[part], offsets[part], flips[part])
 

@@ -35,9 +35,11 @@ class TorchPipeline:
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).repeat(width)  # of a row [W * C]
         self._scale = (1 / torch.tensor(std, dtype=torch.float32, device=device)).repeat(width)
         # Where batches are built; its margin stays zero.
-        batch, margin = min(plan.batch_size, plan.count), 2 * plan.padding
+        margin = 2 * plan.padding
         self._padded = torch.zeros(
-            batch, height + margin, (width + margin) * channels, dtype=torch.float32, device=device
+            *(plan.largest_batch, height + margin, (width + margin) * channels),
+            dtype=torch.float32,
+            device=device,
         )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,18 @@ from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
 from fastsnap.data.fingerprint import require_same_images
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
-from fastsnap.device import AUTOCAST_DTYPES, Precision, choose_device, choose_precision
+from fastsnap.device import (
+    AUTOCAST_DTYPES,
+    Precision,
+    choose_device,
+    choose_precision,
+    free_device_memory,
+)
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_schema import SnapshotEntry, check_plan
+from fastsnap.training.memory import evaluation_needs, footprint, require_memory
 
 SPLITS = ("test", "validation")
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
@@ -119,6 +127,7 @@ def evaluate_run(
     require_same_images({split: image_set}, config, str(folder.path))
     device = device or choose_device("auto")
     computed = _evaluation_precision(precision, device)
+    _require_memory(config, dataset, folder, device, batch_size, len(image_set.labels), len(entries))
     network = _build_network(config, dataset, folder).to(memory_format=torch.channels_last).to(device)
     pipeline = make_pipeline(
         image_set,
@@ -176,10 +185,16 @@ def choose_snapshots(folder: RunFolder, numbers: Sequence[int] | None) -> list[S
 
 
 def _load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Dataset:
+    """Never downloaded: the run was trained on data that are somewhere."""
+    if data and config["dataset"] == "digits":
+        raise ValueError(
+            f"data (--data) has no effect: the run was trained on scikit-learn's digits; got {data}"
+        )
     try:
         return load_dataset(
             config["dataset"],
-            data or config["data"],
+            data or _data_folder(folder, config["data"]),
+            download=False,
             validation=config["validation"],
             train_images=config["train_images"],
             seed=config["seed"],
@@ -192,6 +207,12 @@ def _load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> D
 
 def _damaged_config(folder: RunFolder, error: ValueError) -> RunError:
     return RunError(f"{folder.path / 'config.json'} is damaged: {error}; put back a copy of it")
+
+
+def _data_folder(folder: RunFolder, data: str) -> Path:
+    """Where the run found its data; version 0.1.0 kept a relative path, of the folder that it was started in."""
+    starts = [Path(), *folder.path.resolve().parents]
+    return next((start / data for start in starts if (start / data).exists()), Path(data))
 
 
 def _choose_split(dataset: Dataset, split: str, folder: RunFolder) -> ImageSet:
@@ -213,7 +234,27 @@ def _evaluation_precision(asked: str, device: torch.device) -> Precision:
     return choose_precision(asked, device)
 
 
-def _build_network(config: dict[str, Any], dataset: Dataset, folder: RunFolder) -> nn.Module:
+def _require_memory(
+    config: dict[str, Any],
+    dataset: Dataset,
+    folder: RunFolder,
+    device: torch.device,
+    batch: int,
+    images: int,
+    members: int,
+) -> None:
+    """Raise ValueError, with the figures, for what memory cannot hold."""
+    _, height, width, channels = dataset.test.images.shape
+    network = _build_network(config, dataset, folder, device="meta")
+    size = footprint(network, (channels, height, width))
+    needs = evaluation_needs(size, batch, images, len(dataset.classes), members)
+    remedy = "use a smaller --batch-size or fewer --snapshots"
+    require_memory("the evaluation", needs, free_device_memory(device), remedy)
+
+
+def _build_network(
+    config: dict[str, Any], dataset: Dataset, folder: RunFolder, device: str = "cpu"
+) -> nn.Module:
     try:
         return build_network(
             config["net"],
@@ -221,6 +262,7 @@ def _build_network(config: dict[str, Any], dataset: Dataset, folder: RunFolder) 
             in_channels=dataset.test.images.shape[3],
             shortcut=config["shortcut"],
             operations=KERNEL_OPERATIONS,
+            device=device,
         )
     except ValueError as error:
         raise _damaged_config(folder, error) from error

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
+from fastsnap.data.plan import training_steps
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.printing import escaped, literal
@@ -141,10 +142,13 @@ def save_plots(folder: RunFolder, report: Report, out: Path, suffix: str = "") -
     names = [f"error-against-m{suffix}.png", "training.png"]
     save(error_figure(report), out / names[0])
     config = folder.config()
-    updates_per_epoch = math.ceil(config["images"]["train"] / config["batch_size"])
+    metrics = folder.metrics()
+    updates_per_epoch = training_steps(config["images"]["train"], config["batch_size"])
+    if metrics:  # what was done counts: version 0.1.0 cut the epochs in another way
+        updates_per_epoch = metrics[-1]["step"] // metrics[-1]["epoch"]
     steps = config["epochs"] * updates_per_epoch
     schedule = Schedule(config["schedule"], steps, config["cycles"], config["learning_rate"])
     title = f"{report.run}: learning rate and training loss, {report.net} on {report.dataset}"
-    figure = training_figure(title, schedule, updates_per_epoch, folder.metrics(), folder.snapshots())
+    figure = training_figure(title, schedule, updates_per_epoch, metrics, folder.snapshots())
     save(figure, out / names[1])
     return names

@@ -20,7 +20,7 @@ from fastsnap.kernels.convolution import fast_convolution, reference_convolution
 
 STEM_CHANNELS = 16
 SHORTCUTS = ("A", "B", "C")
-PLACE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # of weights, whatever torch's defaults are
+FP32: dict[str, Any] = {"dtype": torch.float32}  # the weights, whatever torch's default is
 SMALLEST_IMAGE = 8  # pixels; the last stage then still sees 2x2
 EXAMPLES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet32x4")
 
@@ -61,7 +61,7 @@ def parse_name(name: str) -> tuple[int, int]:
 
 def _convolution(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Conv2d:
     convolution = nn.Conv2d(
-        in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False, **PLACE
+        in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False, **FP32
     )
     nn.init.normal_(convolution.weight, std=math.sqrt(2 / (kernel * kernel * out_channels)))
     return convolution
@@ -83,7 +83,7 @@ def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn
     same_shape = in_channels == out_channels and stride == 1
     if kind == "C" or (kind == "B" and not same_shape):
         return nn.Sequential(
-            _convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels, **PLACE)
+            _convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels, **FP32)
         )
     return nn.Identity() if same_shape else PaddedIdentity(out_channels - in_channels, stride)
 
@@ -97,9 +97,9 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.operations = operations
         self.conv1 = _convolution(in_channels, out_channels, 3, stride)
-        self.bn1 = nn.BatchNorm2d(out_channels, **PLACE)
+        self.bn1 = nn.BatchNorm2d(out_channels, **FP32)
         self.conv2 = _convolution(out_channels, out_channels, 3, 1)
-        self.bn2 = nn.BatchNorm2d(out_channels, **PLACE)
+        self.bn2 = nn.BatchNorm2d(out_channels, **FP32)
         self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.operations = operations
         self.conv1 = _convolution(in_channels, STEM_CHANNELS, 3, 1)
-        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS, **PLACE)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS, **FP32)
         channels = STEM_CHANNELS
         stages = []
         for stage in range(3):
@@ -136,7 +136,7 @@ class ResNet(nn.Module):
                 channels = out_channels
             stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
-        self.linear = nn.Linear(channels, classes, **PLACE)
+        self.linear = nn.Linear(channels, classes, **FP32)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -156,8 +156,9 @@ def build_network(
     shortcut: str = "A",
     seed: int = 0,
     operations: Operations = PLAIN_OPERATIONS,
+    device: str = "cpu",
 ) -> ResNet:
-    """A freshly initialised network, fp32 on the CPU; the same seed gives the same weights, whatever was drawn before.
+    """A freshly initialised network, fp32; the same seed gives the same weights, whatever was drawn before.
 
     name         "resnet<6n+2>" or "resnet<6n+2>x<width multiplier>"
     classes      >= 1
@@ -165,6 +166,7 @@ def build_network(
     shortcut     "A": strided identity and zero-padded channels; "B": 1x1 convolution + BN where the shape changes;
                  "C": 1x1 convolution + BN everywhere
     operations   PLAIN_OPERATIONS or KERNEL_OPERATIONS, which on a CPU trains faster
+    device       "cpu", or "meta": shapes without memory, to see what the network would need
     Raises ValueError for other values.
     """
     blocks, width = parse_name(name)
@@ -174,7 +176,7 @@ def build_network(
         raise ValueError(f"in_channels must be 1, 2 or 3, got {in_channels}")
     if classes < 1:
         raise ValueError(f"classes must be at least 1, got {classes}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         return ResNet(
             blocks,

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from fastsnap.printing import print_line
+from fastsnap.printing import is_lost, print_line
 
 LINE_SECONDS = 5.0  # least time between two lines in a file, so that short epochs do not flood it
 SILENCE_SECONDS = 60.0  # longest time without a line, so that long epochs show that they go on
@@ -77,6 +77,11 @@ class ProgressDisplay:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can read this any more."""
+        return is_lost(self.console)
 
     def show(self, status: Status, *, epoch_ended: bool) -> None:
         """Move the bar; in a file, add a line when an epoch has ended or much time has passed, but not too often."""

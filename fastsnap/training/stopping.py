@@ -1,4 +1,8 @@
-"""Stopping a training run in order: SIGTERM and Ctrl-C become requests that the loop answers after its step."""
+"""Stopping a training run in order: signals become requests that the loop answers after its step.
+
+SIGTERM and Ctrl-C, SIGHUP (the terminal is gone) and SIGUSR1 (what batch systems send some time before the end). One
+that is ignored when the program starts, as SIGHUP is under nohup, stays ignored.
+"""
 
 import signal
 import threading
@@ -7,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class TrainingStopped(Exception):
-    """SIGTERM or Ctrl-C arrived: `signal_number` says which, the text also what was saved, if anything was."""
+    """A stop was asked for: `signal_number` says by which signal, the text also what was saved, if anything was."""
 
     def __init__(self, signal_number: int, saved: str | None = None) -> None:
         super().__init__(signal.Signals(signal_number).name + (f"; {saved}" if saved else ""))
@@ -27,7 +31,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or Ctrl-C into a request to stop; a second one does what it would have done outside."""
+    """Turn the first signal into a request to stop; a second one does what it would have done outside."""
     request = StopRequest()
     outside = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
@@ -42,7 +46,7 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def stop_signals_raised() -> Iterator[None]:
-    """Turn SIGTERM and Ctrl-C into TrainingStopped, wherever the process is."""
+    """Turn the signals into TrainingStopped, wherever the process is."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TrainingStopped(number)
@@ -57,7 +61,8 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The training loop: from any step to the last, saving what the run folder keeps."""
 
 import math
+import signal
 import time
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_state import is_finished, require_nothing_trained, require_snapshots
 from fastsnap.training.apex import ApexSGD
 from fastsnap.training.optim import SnapshotSGD
+from fastsnap.training.pace import Pace
 from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
 from fastsnap.training.step import TrainStep
 from fastsnap.training.stopping import TrainingStopped, stop_signals
@@ -77,18 +79,21 @@ class Trainer:
         self._shapes: set[tuple[int, ...]] = set()
         self._estimated = False
         self._look = Look(self.step, self._session_start)
+        self._pace = Pace(self.step, self._session_start)
         with stop_signals() as stop:
             while self.step < self.schedule.steps:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
                     self.train_step(images, labels)
                     self.step += 1
                     self._notice_warm_up(images.shape)
-                    self._after_step(display, stop.signal_number)
+                    lost = signal.SIGPIPE if display.lost else None
+                    self._after_step(display, stop.signal_number or lost)
 
     def _notice_warm_up(self, shape: tuple[int, ...]) -> None:
         """Leave the first steps, and the first of a batch size (the compiler starts again), out of the estimate."""
         if self.step <= self._first_step + WARM_UP_STEPS or shape not in self._shapes:
             self._warm = (self.step, time.perf_counter())
+            self._pace.restart(*self._warm)
         self._shapes.add(shape)
 
     def _after_step(self, display: ProgressDisplay, stop_signal: int | None) -> None:
@@ -107,6 +112,8 @@ class Trainer:
             self._end_epoch()
         if checkpoint_due:
             self.save_checkpoint()
+        if saving:
+            self._pace.restart(self.step, time.perf_counter())
         if stop_signal and self.step < self.schedule.steps:
             raise TrainingStopped(stop_signal, "a checkpoint is saved")
 
@@ -126,6 +133,9 @@ class Trainer:
         if not self._estimated and self.step - self._warm[0] >= ESTIMATE_STEPS:
             self._estimated = True
             display.message(self._estimate(status))
+        slower = self._pace.look(self.step, self._look.time)
+        if slower is not None:
+            display.message(self._slowness(slower))
 
     def _status(self) -> Status:
         look = self._look
@@ -158,6 +168,16 @@ class Trainer:
                 "or on a GPU. Ctrl-C saves a checkpoint"
             )
         return text
+
+    def _slowness(self, factor: float) -> str:
+        text = f"steps take {factor:.0f} times what they took at their best: another program seems to use the same "
+        if self.train_step.device.type == "cuda":
+            return text + "GPU"
+        return text + (
+            "cores. If it goes on, stop this run with Ctrl-C, which saves a checkpoint, and go on with it by the same "
+            "command and --threads 1 (make: ARGS='--threads 1'), as with the other program, so that they do not wait "
+            "for each other's cores"
+        )
 
     # -- saving
 
@@ -225,11 +245,15 @@ class Trainer:
             return False
         tensors, state = checkpoint
         own = self._tensors()
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()} or (
-            state["steps"] != self.schedule.steps
-        ):
+        if state["steps"] != self.schedule.steps:
             raise RunError(
-                f"the checkpoint in {self.folder.path} is of another network, data set or version; choose another --out"
+                f"the checkpoint in {self.folder.path} is of a run of {state['steps']:,} steps, this one has "
+                f"{self.schedule.steps:,}: it is of another data set, or of fastsnap 0.1.0, where the last few images "
+                "of an epoch were a batch of their own. Choose another --out, or go on with the version that began it"
+            )
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
+            raise RunError(
+                f"the checkpoint in {self.folder.path} is of another network or version; choose another --out"
             )
         require_snapshots(self.folder, ends, state["step"])
         for name, tensor in own.items():
@@ -256,7 +280,7 @@ class Trainer:
     def _images_seen(self) -> int:
         """Images of the current epoch trained on; all of them right after its last step."""
         steps = self.step - (self._epoch() - 1) * self.pipeline.steps_per_epoch
-        return min(steps * self.pipeline.batch_size, self.images)
+        return self.images if steps == self.pipeline.steps_per_epoch else steps * self.pipeline.batch_size
 
     def _seconds_in_all(self) -> float:
         return self.seconds + time.perf_counter() - self._session_start

@@ -13,13 +13,14 @@ import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsnap.data.archives import DataError, as_array, read_idx, read_pickle
+from fastsnap.data.archives import DataError, as_array, as_texts, read_idx, read_pickle
 from fastsnap.data.datasets import DATASETS, load_dataset
 from fastsnap.data.downloads import PUBLICATIONS, locate
 
@@ -151,7 +152,7 @@ def test_a_damaged_batch_is_an_error_that_names_the_file(tmp_path, batch, messag
 @pytest.mark.parametrize("names", [[b"name"] * 9, [1] * 10, b"name"])
 def test_damaged_class_names_are_an_error(tmp_path, names):
     broken_cifar(tmp_path, b"", meta=python2_pickle({"label_names": names}))
-    with pytest.raises(DataError, match=r"batches\.meta should hold a list of the 10 class names"):
+    with pytest.raises(DataError, match=r"batches\.meta should hold a list of 10 texts in 'label_names'"):
         load_dataset("cifar10", tmp_path, download=False)
 
 
@@ -252,9 +253,49 @@ def test_arrays_come_back_as_they_were_pickled(tmp_path, value, protocol):
     assert np.array_equal(array, value)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("fix_imports", [True, False])
+def test_a_file_that_python_3_wrote_again_reads_as_before(tmp_path, protocol, fix_imports):
+    """Up to protocol 2 it writes bytes as calls of _codecs.encode: keys, class names and the data of arrays."""
+    content = {
+        b"data": RANDOM_ARRAY,
+        b"label_names": [b"apple", b"caf\xe9", b""],
+        b"labels": [1, 2],
+        b"": b"",
+    }
+    path = tmp_path / "again"
+    path.write_bytes(pickle.dumps(content, protocol, fix_imports=fix_imports))
+    read = read_pickle(path, LARGEST)
+    assert read.keys() == {"data", "label_names", "labels", ""}
+    assert np.array_equal(as_array(read["data"], path, "data", (6, 5)), RANDOM_ARRAY)
+    assert as_texts(read["label_names"], path, "label_names", 3) == ("apple", "caf\xe9", "")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"c_codecs\nencode\n(Vdata\nVrot13\ntR",  # another encoding
+        b"c_codecs\nencode\n(I1\nVlatin1\ntR",  # no text
+        b"c_codecs\nencode\n(tR",  # no arguments
+        b"cbuiltins\nbytes\n(I1000000000000\ntR",  # a terabyte of zeros
+        b"cnumpy\ndtype\n(Vu1\ntR",
+    ],
+    ids=range(5),
+)
+def test_other_calls_are_no_texts(tmp_path, key):
+    path = tmp_path / "keys"
+    path.write_bytes(b"}(" + key + b"I1\nu.")
+    with pytest.raises(DataError, match="keys is damaged"):
+        read_pickle(path, LARGEST)
+    path.write_bytes(b"}(S'label_names'\n(" + key + b"lu.")
+    with pytest.raises(DataError, match="list of 1 texts in 'label_names'"):
+        as_texts(read_pickle(path, LARGEST)["label_names"], path, "label_names", 1)
+
+
 VALID = [
     python2_pickle({"data": RANDOM_ARRAY, "labels": [1, 2, 3], "batch_label": b"training"}),
     *(pickle.dumps({"data": RANDOM_ARRAY, "labels": [1, 2, 3]}, protocol) for protocol in (0, 2, 5)),
+    pickle.dumps({b"data": RANDOM_ARRAY, b"labels": [1, 2, 3]}, 2),
 ]
 
 
@@ -488,9 +529,125 @@ def test_a_bad_download_is_an_error_and_leaves_nothing(tmp_path, published, dama
     published.write_bytes(content + b"x" if damage == "changed" else content[:50])
     if damage == "gone":
         published.unlink()
-    with pytest.raises(DataError, match=r"was not downloaded \(.+\)\. To get it by hand, unpack .* digits"):
+    with pytest.raises(DataError, match=r"was not downloaded \(.+\)\. To get it by hand, put .* digits"):
         locate("cifar10", tmp_path / "data", download=True)
-    assert os.listdir(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_archive_that_lies_there_packed_is_unpacked(tmp_path, published):
+    files, source = locate("cifar10", tmp_path, download=False)
+    inside = tmp_path / "cifar-10-batches-py"
+    assert files == {name: inside / name for name in PUBLICATIONS["cifar10"].md5}
+    for name, path in files.items():
+        assert path.read_bytes() == (tmp_path / "source" / "cifar-10-batches-py" / name).read_bytes()
+    assert "unpacked from cifar-10-python.tar.gz, not the published files" in source
+    assert sorted(os.listdir(tmp_path)) == ["cifar-10-batches-py", published.name, "source"]
+    assert "unpacked" not in locate("cifar10", tmp_path, download=False)[1]
+
+
+def test_an_incomplete_folder_beside_an_archive_stays_and_is_told(tmp_path, published):
+    inside = tmp_path / "cifar-10-batches-py"
+    inside.mkdir()
+    with pytest.raises(
+        DataError, match=r"is incomplete.*; remove it, and .*cifar-10-python.tar.gz is unpacked"
+    ):
+        locate("cifar10", tmp_path, download=False)
+    assert os.listdir(inside) == []
+
+
+def packed(folder, change):
+    """An archive of CIFAR-10's file names, each holding its name; `change(tar, name)` may add another instead."""
+    archive = folder / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in PUBLICATIONS["cifar10"].md5:
+            if not change(tar, f"cifar-10-batches-py/{name}"):
+                add(tar, f"cifar-10-batches-py/{name}", name.encode())
+    return archive
+
+
+def add(tar, name, content=b"", **fields):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    tar.addfile(member, BytesIO(content))
+    return True
+
+
+def test_other_members_of_an_archive_are_never_written(tmp_path):
+    """A path that leads out, a link out of the folder, a device: none of them is asked for."""
+
+    def hostile(tar, name):
+        if name.endswith("test_batch"):
+            add(tar, "../escaped", b"x")
+            add(tar, str(tmp_path / "absolute"), b"x")
+            add(tar, "cifar-10-batches-py", type=tarfile.SYMTYPE, linkname="/tmp")
+            add(tar, "cifar-10-batches-py/device", type=tarfile.CHRTYPE)
+            add(tar, "cifar-10-batches-py/readme.html", b"hello")
+
+    data = tmp_path / "data"
+    data.mkdir()
+    packed(data, hostile)
+    files, _ = locate("cifar10", data, download=False)
+    assert sorted(os.listdir(data / "cifar-10-batches-py")) == sorted(PUBLICATIONS["cifar10"].md5)
+    assert files["test_batch"].read_bytes() == b"test_batch"
+    assert sorted(os.listdir(tmp_path)) == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tar, name: name.endswith("_3"), "lacks cifar-10-batches-py/data_batch_3: get it again"),
+        (
+            lambda tar, name: (
+                name.endswith("_3") and add(tar, name, type=tarfile.SYMTYPE, linkname="/etc/passwd")
+            ),
+            "data_batch_3 in .* is no plain file",
+        ),
+        (
+            lambda tar, name: (
+                name.endswith("_3") and add(tar, name, type=tarfile.LNKTYPE, linkname="test_batch")
+            ),
+            "data_batch_3 in .* is no plain file",
+        ),
+        (lambda tar, name: [add(tar, str(i)) for i in range(101)] and False, "more than 100 members"),
+    ],
+    ids=range(4),
+)
+def test_an_archive_of_something_else_is_an_error_and_leaves_nothing(tmp_path, change, message):
+    archive = packed(tmp_path, change)
+    with pytest.raises(DataError, match=rf"was not unpacked \(.*{message}"):
+        locate("cifar10", tmp_path, download=True)
+    assert os.listdir(tmp_path) == [archive.name]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "plain"])
+def test_a_damaged_archive_is_a_clear_error(tmp_path, damage):
+    archive = packed(tmp_path, lambda tar, name: False)
+    content = archive.read_bytes()
+    middle = len(content) // 2
+    archive.write_bytes(
+        {
+            "cut": content[:middle],
+            "changed": content[:middle] + b"x" * 9 + content[middle + 9 :],
+            "empty": b"",
+            "plain": b"<html>not found</html>" * 99,
+        }[damage]
+    )
+    with pytest.raises(
+        DataError, match=r"cifar-10-python\.tar\.gz (is damaged or truncated|lacks) .*get it again"
+    ):
+        locate("cifar10", tmp_path, download=False)
+    assert os.listdir(tmp_path) == [archive.name]
+
+
+def test_a_small_archive_of_terabytes_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsnap.data.packed.LARGEST", 10**6)
+    archive = packed(tmp_path, lambda tar, name: add(tar, name, bytes(10**6)))
+    assert archive.stat().st_size < 10**5
+    with pytest.raises(DataError, match="unpacks to more than 1000000 bytes"):
+        locate("cifar10", tmp_path, download=False)
+    assert os.listdir(tmp_path) == [archive.name]
 
 
 def test_a_refused_connection_is_an_error(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from fastsnap.data.datasets import ImageSet
 from fastsnap.data.draws import crops_and_flips, permutation
 from fastsnap.data.pipeline import choose_loader, make_pipeline
+from fastsnap.data.plan import training_steps
 
 CPU = torch.device("cpu")
 MEAN, STD = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
@@ -69,7 +70,7 @@ def test_batches_follow_the_definition_exactly(loader, shape, padding, flip, bat
     pipeline = make(images, loader, batch_size=batch_size, seed=5, padding=padding, flip=flip)
     for epoch in (0, 3):
         batches = list(pipeline.epoch(epoch))
-        assert len(batches) == pipeline.steps_per_epoch == -(-37 // batch_size)
+        assert len(batches) == pipeline.steps_per_epoch == training_steps(37, batch_size)
         for pixels, labels in batches:
             assert pixels.dtype == torch.float32
             assert labels.dtype == torch.int64
@@ -97,14 +98,18 @@ def test_every_image_comes_once_with_its_label(loader):
         assert torch.equal(numbers.long(), labels)
         sizes.append(len(labels))
         seen += labels.tolist()
-    assert sizes == [10, 10, 10, 10, 10, 3]
+    assert sizes == [10, 10, 10, 10, 13]
     assert sorted(seen) == list(range(53))
 
 
-def test_the_batch_size_changes_no_image(loader):
+@pytest.mark.parametrize("batch_size", [4, 10, 40, 10**12])
+def test_the_batch_size_changes_no_image(loader, batch_size):
+    """Also where the last batch of an epoch is larger than the others, and where there is but one."""
     images = random_images(41)
-    small, large = (joined(make(images, loader, batch_size=size).epoch(1))[0] for size in (4, 64))
-    assert np.array_equal(small, large)
+    pixels, labels = joined(make(images, loader, batch_size=batch_size).epoch(1))
+    expected_pixels, expected_labels = reference(images, 0, 1, 4, True)
+    assert np.array_equal(pixels, expected_pixels)
+    assert np.array_equal(labels, expected_labels)
 
 
 def test_evaluation_keeps_order_and_images(loader):
@@ -118,7 +123,7 @@ def test_evaluation_keeps_order_and_images(loader):
 
 
 def test_an_epoch_can_be_left_resumed_and_visited_again(loader):
-    images = random_images(60)
+    images = random_images(60)  # 8 batches, the last of 11 images
     pipeline = make(images, loader, batch_size=7)
     whole = {epoch: list(make(images, loader, batch_size=7).epoch(epoch)) for epoch in range(3)}
 
@@ -135,9 +140,9 @@ def test_an_epoch_can_be_left_resumed_and_visited_again(loader):
     check(0, 5, 99)  # a jump to the end, on into the next epoch
     check(1, 0, 99)
     check(1, 0, 99)  # the same again
-    check(2, 8, 99)  # the last, partial batch alone
+    check(2, 7, 99)  # the last, larger batch alone
     check(0, 4, 1)
-    check(2, 9, 99)  # nothing is left of it
+    check(2, 8, 99)  # nothing is left of it
     check(0, 5, 1)
 
 

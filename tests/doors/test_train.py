@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
-from fastsnap import __version__, ensemble_eval, train
+from fastsnap import __version__, assembly, ensemble_eval, train
 from fastsnap.config import make_config
 from fastsnap.data.datasets import load_dataset
 from fastsnap.nets.resnet import build_network
@@ -155,15 +155,16 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(finished: Path, t
     assert steps == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
 
 
-def test_sigterm_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     process = start(tmp_path)
     lines_of(tmp_path / "metrics.jsonl", 2, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; a checkpoint is saved. Run the same command again to go on" in output
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; a checkpoint is saved. Run the same command again to go on" in output
     checkpoint = RunFolder(tmp_path).load_checkpoint()
     assert checkpoint is not None
     assert checkpoint[1]["step"] >= 2 * STEPS_PER_EPOCH
@@ -172,6 +173,43 @@ def test_sigterm_saves_a_checkpoint_within_the_epoch_and_says_how_to_go_on(
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
     assert "note: this run began with 77 threads" in capsys.readouterr().out
     assert snapshot_bytes(tmp_path) == snapshot_bytes(finished)
+
+
+def test_a_pipe_that_closes_saves_a_checkpoint_and_is_told_on_standard_error(
+    finished: Path, tmp_path: Path
+) -> None:
+    """`python -m fastsnap.train | head -n 3`: the shell sees the status of SIGPIPE."""
+    train_command = [sys.executable, "-m", "fastsnap.train", *SMALL, "--out", str(tmp_path)]
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | head -n 3; exit ${PIPESTATUS[0]}', "bash", *train_command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert len(done.stdout.splitlines()) == 3
+    said = "stopped by SIGPIPE; a checkpoint is saved. Run the same command again to go on\n"
+    assert done.stderr == said
+    assert RunFolder(tmp_path).load_checkpoint() is not None
+    assert not (tmp_path / "ensemble.json").exists()
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert snapshot_bytes(tmp_path) == snapshot_bytes(finished)
+
+
+def test_many_processes_are_refused_once(tmp_path: Path) -> None:
+    """As torchrun starts them: the first one speaks, all end alike, and none touches the folder."""
+    command = [sys.executable, "-m", "fastsnap.train", *SMALL, "--out", str(tmp_path / "run")]
+    said = []
+    for rank in "01":
+        environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        said.append(done.stderr)
+    assert said[0].startswith("error: training on 2 processes (torchrun) is not supported")
+    assert len(said[0].splitlines()) == 1
+    assert said[1] == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_log_of_a_run_reads_well_in_a_file(finished: Path) -> None:
@@ -218,10 +256,10 @@ class PoisonedPipeline:
 
 
 def test_a_diverged_run_names_the_steps_and_keeps_what_it_had(tmp_path: Path) -> None:
-    config = train.settle(
+    config = assembly.settle(
         make_config(net="resnet8", epochs=EPOCHS, cycles=CYCLES, loader="torch", out=str(tmp_path))
     )
-    trainer = train.build_trainer(config, load_dataset("digits"), RunFolder(tmp_path))
+    trainer = assembly.build_trainer(config, load_dataset("digits"), RunFolder(tmp_path))
     poisoned_from = 3 * STEPS_PER_EPOCH + 5
     trainer.pipeline = PoisonedPipeline(trainer.pipeline, poisoned_from)
     with (
@@ -241,8 +279,10 @@ def test_a_diverged_run_names_the_steps_and_keeps_what_it_had(tmp_path: Path) ->
 
 
 def test_weights_broken_by_the_last_update_are_not_saved(tmp_path: Path) -> None:
-    config = train.settle(make_config(net="resnet8", epochs=1, cycles=1, loader="torch", out=str(tmp_path)))
-    trainer = train.build_trainer(config, load_dataset("digits"), RunFolder(tmp_path))
+    config = assembly.settle(
+        make_config(net="resnet8", epochs=1, cycles=1, loader="torch", out=str(tmp_path))
+    )
+    trainer = assembly.build_trainer(config, load_dataset("digits"), RunFolder(tmp_path))
 
     def overflow(optimizer, *_) -> None:
         if optimizer.updates() == STEPS_PER_EPOCH - 1:
@@ -264,6 +304,10 @@ def test_weights_broken_by_the_last_update_are_not_saved(tmp_path: Path) -> None
         (["--cycles", "100000"], "cycles"),
         (["--lr", "-1"], "learning_rate"),
         (["--lr", "nan"], "learning_rate"),
+        (["--lr", "1e39"], "--lr"),
+        (["--data", "my_images"], "--data"),
+        (["--net", "resnet8x999"], "use a smaller --net"),
+        (["--batch-size", "1438"], "1,437 training images"),
         (["--epochs", "0"], "epochs"),
         (["--batch-size", "0"], "batch_size"),
         (["--momentum", "1"], "momentum"),
@@ -324,7 +368,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_outside_the_loop_is_answered_with_one_line(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,9 +382,9 @@ def test_a_run_that_another_process_began_meanwhile_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin_another_run(*arguments, **options):
-        config = train.settle(make_config(net="resnet8", epochs=EPOCHS, cycles=CYCLES, learning_rate=0.3))
+        config = assembly.settle(make_config(net="resnet8", epochs=EPOCHS, cycles=CYCLES, learning_rate=0.3))
         dataset = load_dataset(*arguments, **options)
-        RunFolder(tmp_path).write_json("config.json", train.describe(config, dataset))
+        RunFolder(tmp_path).write_json("config.json", assembly.describe(config, dataset))
         return dataset
 
     monkeypatch.setattr(train, "load_dataset", begin_another_run)

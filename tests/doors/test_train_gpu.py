@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastsnap import train
+from fastsnap import assembly, train
 from fastsnap.config import make_config
 from fastsnap.data.datasets import load_dataset
 from fastsnap.ensemble.report import report_run
@@ -108,12 +108,12 @@ def test_a_stopped_run_goes_on_from_where_it_was(tmp_path: Path, console: Consol
     )
     dataset = load_dataset("digits")
     folder = RunFolder(config.out)
-    trainer = train.build_trainer(train.settle(config), dataset, folder)
-    folder.write_json("config.json", train.describe(train.settle(config), dataset))
+    trainer = assembly.build_trainer(assembly.settle(config), dataset, folder)
+    folder.write_json("config.json", assembly.describe(assembly.settle(config), dataset))
     with pytest.raises(TrainingStopped):
         trainer.run(StopsAfter(console, 0, trainer.schedule.steps))
     assert trainer.step >= StopsAfter.stop_step
-    resumed = train.build_trainer(train.settle(config), dataset, folder)
+    resumed = assembly.build_trainer(assembly.settle(config), dataset, folder)
     assert resumed.resume()
     assert resumed.step == resumed.optimizer.updates() == trainer.step
     assert torch.equal(resumed.optimizer.flat.data, trainer.optimizer.flat.data)

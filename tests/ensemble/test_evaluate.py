@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from small_run import NET, small_dataset, small_run
 
+from fastsnap.data.datasets import ImageSet
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.device import choose_precision
 from fastsnap.ensemble.evaluate import evaluate_run, fill_member_logits
@@ -203,3 +205,40 @@ def test_a_snapshot_that_gives_nan_is_named(tmp_path):
     with pytest.raises(RunError, match=r"snapshot 2 .*NaN"):
         evaluate(folder)
     assert evaluate(folder, snapshots=[1]).images == 360
+
+
+@pytest.mark.parametrize("place", [".", "runs"])
+def test_relative_data_of_an_old_run_are_found_from_where_it_lies(tmp_path, monkeypatch, place):
+    """The files are there, though incomplete: the error names the folder that was looked into."""
+    folder = small_run(tmp_path / "runs" / "one", snapshots=1, dataset="cifar100", data="sets")
+    found = tmp_path / place / "sets" / "cifar-100-python"
+    found.mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"{found} is incomplete"):
+        evaluate_run(folder, device=CPU)
+
+
+def test_evaluating_without_the_data_downloads_nothing_and_makes_no_folder(tmp_path, monkeypatch):
+    folder = small_run(tmp_path / "runs" / "one", snapshots=1, dataset="cifar100", data="data")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"CIFAR-100 was not found in .*downloading is switched off"):
+        evaluate_run(folder, device=CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_data_for_a_run_on_digits_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"data \(--data\) has no effect: .* digits; got my_images"):
+        evaluate_run(small_run(tmp_path / "run", snapshots=1), data="my_images", device=CPU)
+
+
+def test_logits_that_memory_cannot_hold_are_refused_with_figures(tmp_path):
+    """A million million images, all of them one in memory."""
+    images = np.broadcast_to(np.zeros(1, np.uint8), (10**12, 8, 8, 1))
+    many = ImageSet(images, np.broadcast_to(np.zeros(1, np.int64), 10**12))
+    folder = small_run(tmp_path / "run", snapshots=1)
+    message = (
+        r"the evaluation takes about [\d,]+ GB of memory .*logits of 1 snapshots for 1,000,000,000,000 images"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(folder, dataset=dataclasses.replace(small_dataset(), test=many), device=CPU)

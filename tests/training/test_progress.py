@@ -1,11 +1,13 @@
 """Progress: plain lines in a file, a live bar on a terminal."""
 
 import io
+import os
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from fastsnap.printing import Output
 from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
 
 STATUS = Status(
@@ -52,3 +54,22 @@ def test_a_terminal_gets_a_bar_with_everything_and_messages_that_stay() -> None:
     assert LINE in text
     assert "━" * 20 in text
     assert "saved snapshot 1 of 2\n" in text
+
+
+def test_an_output_whose_reader_leaves_drops_what_comes_and_says_so() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe, ProgressDisplay(Console(file=Output(pipe)), 0, 200) as display:
+        display.message("first")
+        assert not display.lost
+        assert os.read(reader, 100) == b"first\n"
+        os.close(reader)
+        display.message("second")
+        assert display.lost
+        display.message("third")
+        display.show(replace(STATUS, step=200), epoch_ended=True)
+
+
+def test_a_program_without_an_output_has_lost_nothing() -> None:
+    output = Output(None)
+    Console(file=output).print("nothing")
+    assert not output.lost

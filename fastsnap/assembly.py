@@ -1,0 +1,153 @@
+"""A run put together from its parts: what its configuration means on this machine, whether it fits, its trainer."""
+
+import dataclasses
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsnap import __version__
+from fastsnap.config import TrainConfig
+from fastsnap.data.datasets import Dataset
+from fastsnap.data.fingerprint import fingerprints
+from fastsnap.data.pipeline import choose_loader, make_pipeline
+from fastsnap.device import choose_device, choose_precision, free_device_memory
+from fastsnap.ensemble.evaluate import BATCH_SIZE
+from fastsnap.kernels.schedule import Schedule
+from fastsnap.limits import choose_threads
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
+from fastsnap.run_folder import RunFolder
+from fastsnap.training.memory import (
+    evaluation_needs,
+    footprint,
+    require_disk,
+    require_memory,
+    require_training_memory,
+)
+from fastsnap.training.step import TrainStep, choose_compile
+from fastsnap.training.trainer import Trainer
+from fastsnap.training.updates import build_optimizer
+
+
+def settle(config: TrainConfig) -> TrainConfig:
+    """`config` with everything that is left to this machine replaced by what it means here."""
+    device = choose_device(config.device)
+    return dataclasses.replace(
+        config,
+        device=device.type,
+        data=os.path.abspath(config.data),  # the run is evaluated from other folders too
+        precision=choose_precision(config.precision, device).name,
+        compile=choose_compile(config.compile, device),
+        loader=choose_loader(config.loader, device),
+        threads=choose_threads(config.threads).count,
+    )
+
+
+def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
+    """`config` with the precision of the run that is there, where it is left to the machine: another one, on another
+    processor, would be another run.
+    """
+    begun = saved.get("precision")
+    return dataclasses.replace(config, precision=begun) if config.precision == "auto" and begun else config
+
+
+def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> None:
+    """Raise ValueError, with the figures, for a run that memory or disk cannot hold: now rather than in some hours."""
+    count, height, width, channels = dataset.train.images.shape
+    if config.batch_size > count:
+        raise ValueError(
+            f"batch_size must be at most the {count:,} training images, got {config.batch_size:,}: use --batch-size "
+            f"{count}"
+        )
+    network = build_network(
+        config.net,
+        classes=len(dataset.classes),
+        in_channels=channels,
+        shortcut=config.shortcut,
+        device="meta",
+    )
+    size, room = (
+        footprint(network, (channels, height, width)),
+        free_device_memory(torch.device(config.device)),
+    )
+    require_training_memory(size, config.batch_size, room, half=config.precision != "fp32")
+    evaluation = evaluation_needs(
+        size, BATCH_SIZE, len(dataset.test.labels), len(dataset.classes), config.cycles
+    )
+    require_memory("evaluating the snapshots", evaluation, room, "use fewer --cycles")
+    require_disk(size, folder.path, config.cycles)
+
+
+def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:
+    """A trainer at step 0. `config` has no "auto" left: see `settle`."""
+    device = torch.device(config.device)
+    pipeline = make_pipeline(
+        dataset.train,
+        batch_size=config.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=device,
+        seed=config.seed,
+        padding=dataset.padding,
+        flip=dataset.flip,
+        loader=config.loader,
+    )
+    schedule = Schedule(
+        config.schedule, config.epochs * pipeline.steps_per_epoch, config.cycles, config.learning_rate
+    )
+    network = build_network(
+        config.net,
+        classes=len(dataset.classes),
+        in_channels=dataset.train.images.shape[3],
+        shortcut=config.shortcut,
+        seed=config.seed,
+        # The compiler fuses what is plain PyTorch, and cannot look into a kernel.
+        operations=PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS,
+    )
+    network = network.to(device).to(memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(
+        config.update, network, schedule, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    train_step = TrainStep(
+        network,
+        optimizer,
+        device,
+        precision=config.precision,
+        compiled=config.compile == "on",
+        graphed=device.type == "cuda" and config.update == "fused",
+    )
+    return Trainer(network, optimizer, train_step, pipeline, schedule, len(dataset.train.labels), folder)
+
+
+def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """config.json: the configuration, the data it was trained on, and the versions that trained it."""
+    images = {"train": len(dataset.train.labels), "test": len(dataset.test.labels)}
+    if dataset.validation is not None:
+        images["validation"] = len(dataset.validation.labels)
+    return dataclasses.asdict(config) | {
+        "images": images,
+        "fingerprints": fingerprints(dataset),
+        "classes": len(dataset.classes),
+        "data_source": dataset.source,
+        "versions": {
+            "fastsnap": __version__,
+            "git": _git_revision(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of this source tree; None for an installed package."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
