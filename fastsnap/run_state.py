@@ -18,13 +18,16 @@ def require_config(folder: RunFolder) -> None:
 
 
 def is_finished(folder: RunFolder, steps: int) -> bool:
-    """Whether all that a run of `steps` updates saves is saved. Raises RunError for damaged files."""
+    """Whether all that a run of `steps` updates saves is saved. Raises RunError for damaged files.
+
+    A run of version 0.1.0, which made a batch of the last few images, has some steps more.
+    """
     entries = folder.snapshots()
     if not entries or entries[-1].step < steps:
         return False
     # A crash between the last snapshot and its line of metrics; without a checkpoint nothing could be mended.
     records = folder.metrics()
-    return not folder.has(CHECKPOINT) or bool(records and records[-1]["step"] == steps)
+    return not folder.has(CHECKPOINT) or bool(records and records[-1]["step"] >= steps)
 
 
 def require_nothing_trained(folder: RunFolder) -> None:
@@ -40,8 +43,8 @@ def require_nothing_trained(folder: RunFolder) -> None:
 
 def require_snapshots(folder: RunFolder, ends: Sequence[int], step: int) -> None:
     """Raise RunError unless the manifest has a snapshot for each of the cycles' `ends` up to `step`."""
-    saved = {entry.step for entry in folder.snapshots()}
-    missing = [number for number, end in enumerate(ends, start=1) if end <= step and end not in saved]
+    saved = {entry.number for entry in folder.snapshots()}
+    missing = [number for number, end in enumerate(ends, start=1) if end <= step and number not in saved]
     if missing:
         raise RunError(
             f"{folder.path} is at step {step}, but its manifest.json lacks snapshot "

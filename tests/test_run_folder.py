@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from small_run import small_run
 
 from fastsnap.nets.resnet import build_network
 from fastsnap.run_files import RunError, write_atomically
 from fastsnap.run_folder import DamagedSnapshot, RunFolder, newest_run
-from fastsnap.run_state import is_finished, set_aside
+from fastsnap.run_state import is_finished, require_snapshots, set_aside
 
 
 def save(
@@ -277,3 +278,13 @@ def test_json_files_hold_no_nan(folder: RunFolder) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         folder.write_json("ensemble.json", {"nll": math.nan})
     assert json.loads((folder.path / "config.json").read_text()) == {"dataset": "digits"}
+
+
+def test_a_run_of_version_0_1_0_that_took_a_few_steps_more_is_finished_too(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run", snapshots=3)
+    last = folder.snapshots()[-1].step
+    assert [is_finished(folder, steps) for steps in (last - 4, last, last + 1)] == [True, True, False]
+    require_snapshots(folder, [last // 3 - 1, 2 * last // 3 - 2, last - 4], last - 4)
+    require_snapshots(folder, [last // 3, 2 * last // 3], last)
+    with pytest.raises(RunError, match="lacks snapshot 4"):
+        require_snapshots(folder, [1, 2, 3, 4], last)

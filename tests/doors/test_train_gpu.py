@@ -22,8 +22,7 @@ from fastsnap.training.progress import ProgressDisplay, Status
 from fastsnap.training.step import TrainStep
 from fastsnap.training.stopping import TrainingStopped
 
-# The compiler imports what PyTorch itself has deprecated.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")]
+pytestmark = pytest.mark.gpu
 SCHEDULE = Schedule("snapshot", 40, 4, 0.1)
 
 
