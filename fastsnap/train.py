@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastsnap.assembly import as_begun, build_trainer, describe, require_room, settle
+from fastsnap.assembly import (
+    as_begun,
+    build_trainer,
+    describe,
+    require_room,
+    require_room_for_images,
+    settle,
+)
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.datasets import Dataset, load_dataset
 from fastsnap.data.fingerprint import image_sets, require_same_images
@@ -41,6 +48,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     torch.set_num_threads(config.threads or 1)
     if not restart:
         _require_same(config, folder)
+    require_room_for_images(config.dataset)
     dataset = load_dataset(
         config.dataset,
         config.data,

@@ -16,6 +16,12 @@ from fastsnap.data.draws import FIXED_SPLIT, HELD_OUT, KEPT, shuffled
 DATASETS = ("cifar10", "cifar100", "digits", "fashion-mnist")
 CIFAR_PIXELS = 3 * 32 * 32
 LARGEST_META = 2**20  # bytes; the published ones have about a thousand
+# Bytes of all images of a data set; the digits come with scikit-learn and are next to nothing.
+IMAGE_BYTES = {
+    "cifar10": 60_000 * CIFAR_PIXELS,
+    "cifar100": 60_000 * CIFAR_PIXELS,
+    "fashion-mnist": 70_000 * 28 * 28,
+}
 DIGITS_TEST = 360  # of 1,797
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",

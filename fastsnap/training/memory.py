@@ -47,24 +47,26 @@ def footprint(network: nn.Module, image_shape: tuple[int, int, int]) -> Footprin
 
     layers = [layer for layer in network.modules() if next(layer.parameters(recurse=False), None) is not None]
     hooks = [layer.register_forward_hook(count) for layer in layers]
-    network(torch.empty(LEAST_IMAGES, *image_shape, device="meta"))
+    network(torch.empty(LEAST_IMAGES, *image_shape, dtype=torch.float32, device="meta"))
     for hook in hooks:
         hook.remove()
     numbers = sum(tensor.numel() for tensor in [*network.parameters(), *network.buffers()])
     return Footprint(FP32 * numbers, tuple(outputs))
 
 
-def training_needs(size: Footprint, images: int, *, half: bool) -> dict[str, int]:
+def training_needs(size: Footprint, images: int, *, half: bool, copied: int = 0) -> dict[str, int]:
     """Bytes of memory that training takes at its peak, by what they are for.
 
     images  in the largest batch
     half    whether the network's outputs have 16 bits instead of 32
+    copied  bytes of the data set, where the device needs a copy of it
     """
     own, number = size.parameters, HALF if half else FP32
     kept = math.ceil(SLACK * images * number * sum(size.outputs))
     gradients = own + (own // 2 if half else 0)  # and the weights in 16 bits
     saving = SAVED_COPIES * 2 * own - gradients - kept  # it comes between two steps, and takes what they left
-    return {
+    data = {"the data set": copied} if copied else {}
+    return data | {
         "parameters and momentum": 2 * own,
         "gradients": gradients,
         f"what {images:,} images leave for the backward pass": kept,
@@ -91,15 +93,19 @@ def _passing(size: Footprint, images: int, number: int) -> int:
     return images * number * PASSING_OUTPUTS * max(size.outputs) + LIBRARIES
 
 
-def require_training_memory(size: Footprint, images: int, room: Room | None, *, half: bool) -> None:
+def require_training_memory(
+    size: Footprint, images: int, room: Room | None, *, half: bool, copied: int = 0
+) -> None:
     """Raise ValueError, with the figures and what would fit, if training takes more than `room`. See training_needs."""
     if room is None:
         return
-    most = bisect.bisect_right(
-        range(1, images + 1), room.bytes, key=lambda n: sum(training_needs(size, n, half=half).values())
-    )
+
+    def needs(count: int) -> dict[str, int]:
+        return training_needs(size, count, half=half, copied=copied)
+
+    most = bisect.bisect_right(range(1, images + 1), room.bytes, key=lambda count: sum(needs(count).values()))
     remedy = f"--batch-size {most:,} would fit, or a smaller --net" if most else "use a smaller --net"
-    require_memory("training", training_needs(size, images, half=half), room, remedy)
+    require_memory("training", needs(images), room, remedy)
 
 
 def require_memory(what: str, needs: dict[str, int], room: Room | None, remedy: str) -> None:
