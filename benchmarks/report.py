@@ -13,10 +13,13 @@ from pathlib import Path
 
 import torch
 
+import throughput
 from fastsnap.device import choose_precision
 from fastsnap.run_files import write_atomically
 from harness import figures, tables
+from harness.measure import PROJECT
 from harness.pages import Section, table_to_markdown, to_html, to_markdown
+from harness.precisions import by_default
 from harness.results import Record, latest
 from harness.verdicts import Verdict, verdicts
 from targets import targets_for
@@ -73,8 +76,16 @@ def make_sections(records: Sequence[Record], folder: Path) -> list[Section]:
 
 
 def verdicts_here(records: Sequence[Record]) -> list[Verdict]:
-    """What the records say about the targets of a processor like this one."""
-    return verdicts(targets_for(choose_precision("auto", torch.device("cpu")).name), records)
+    """What the records say about the targets of the processor that they were measured on; without any, of this one."""
+    measured = [
+        record["details"]["precision"]
+        for record in records
+        if (record["benchmark"], record["opponent"]) == (throughput.NAME, PROJECT)
+        and record["machine"]["gpu"] is None
+        and by_default(record["details"].get("precision", "")) in record["case"]
+    ]
+    default = measured[0] if measured else choose_precision("auto", torch.device("cpu")).name
+    return verdicts(targets_for(default), records)
 
 
 def _machine_lines(records: Sequence[Record]) -> list[str]:

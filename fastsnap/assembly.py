@@ -46,6 +46,15 @@ def settle(config: TrainConfig) -> TrainConfig:
     )
 
 
+def reasons_of(config: TrainConfig) -> dict[str, str]:
+    """Why `settle` makes of "threads" and "precision" what it does, for the summary.
+
+    To be asked before the number of threads is set, from which it then could not be told any more.
+    """
+    precision = choose_precision(config.precision, choose_device(config.device))
+    return {"threads": choose_threads(config.threads).reason, "precision": precision.reason}
+
+
 def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     """`config` with the precision of the run that is there, where it is left to the machine: another one, on another
     processor, would be another run.

@@ -10,9 +10,9 @@ from typing import Any
 from fastsnap import __version__
 from fastsnap.data import datasets
 from fastsnap.data.pipeline import LOADERS
-from fastsnap.device import DEVICES, PRECISIONS
+from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS
 from fastsnap.kernels import schedule
-from fastsnap.limits import MOST_THREADS
+from fastsnap.limits import MOST_THREADS, THREADS_HELP
 from fastsnap.nets import resnet
 from fastsnap.run_folder import RUNS
 from fastsnap.training.step import COMPILE
@@ -93,7 +93,7 @@ class TrainConfig:
     )
     device: str = _option("where to train; auto: CUDA if there is one", choices=DEVICES, default="auto")
     precision: str = _option(
-        "of the forward and backward pass; auto: bf16 where the device has instructions for it, else fp32",
+        f"of the forward and backward pass; {PRECISION_HELP}",
         choices=PRECISIONS,
         default="auto",
     )
@@ -103,7 +103,7 @@ class TrainConfig:
         default="auto",
     )
     threads: int | None = _option(
-        "of the CPU (default: the cores that this process may use, a container's quota respected)",
+        THREADS_HELP,
         default=None,
     )
     compile: str = _option("torch.compile; auto: on CUDA only", choices=COMPILE, default="auto")

@@ -19,6 +19,7 @@ from fastsnap.limits import Room, free_memory
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION_HELP = "auto: bf16 where the device multiplies it faster than fp32, else fp32"
 # Instructions that multiply bf16 faster than fp32, as torch.cpu.get_capabilities calls them, and as their makers do.
 FAST_BF16 = {"amx_bf16": "AMX-BF16", "bf16": "Arm BF16", "sve_bf16": "SVE BF16"}
 

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from fastsnap import __version__
-from fastsnap.device import DEVICES, PRECISIONS, choose_device
+from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS, choose_device
 from fastsnap.ensemble.evaluate import BATCH_SIZE, SPLITS
 from fastsnap.ensemble.report import report_run
-from fastsnap.limits import choose_threads
+from fastsnap.limits import THREADS_HELP, choose_threads
 from fastsnap.printing import is_lost, make_console, print_error
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
 from fastsnap.training.allocator import keep_freed_memory
@@ -76,13 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the forward passes, whatever the run was trained in; auto: bf16 where the device has instructions "
-        "for it, else fp32; another than that of training is part of the files' names (default: auto)",
+        help=f"of the forward passes, whatever the run was trained in; {PRECISION_HELP}; "
+        "another than that of training is part of the files' names (default: auto)",
     )
     parser.add_argument(
         "--threads",
         type=int,
-        help="of the CPU (default: the cores that this process may use, a container's quota respected)",
+        help=THREADS_HELP,
     )
     parser.add_argument("--data", metavar="DIR", help="folder that holds the data sets (default: the run's)")
     parser.add_argument("--version", action="version", version=f"fastsnap {__version__}")

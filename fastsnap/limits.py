@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 MOST_THREADS = 1024
+THREADS_HELP = "of the CPU (default: the cores that this process may use, a container's quota respected)"
 NO_LIMIT = 2**60  # bytes; version 1 writes a number near 2**63 for none
 # Limit, use and the line of memory.stat that counts what can be had back at once: the cache of files.
 MEMORY_FILES = (

@@ -16,6 +16,7 @@ from fastsnap.assembly import (
     as_begun,
     build_trainer,
     describe,
+    reasons_of,
     require_room,
     require_room_for_images,
     settle,
@@ -23,9 +24,8 @@ from fastsnap.assembly import (
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.datasets import Dataset, load_dataset
 from fastsnap.data.fingerprint import image_sets, require_same_images
-from fastsnap.device import choose_device, choose_precision
+from fastsnap.device import choose_device
 from fastsnap.ensemble.report import report_run
-from fastsnap.limits import choose_threads
 from fastsnap.printing import is_lost, make_console, print_error, print_line
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_state import require_config, set_aside
@@ -41,9 +41,13 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     restart  begin anew, whatever the run folder holds: that is moved to a folder in it
     Raises ValueError for anything that cannot be done as asked, TrainingStopped after SIGTERM or Ctrl-C.
     """
-    asked, folder = config, RunFolder(config.out)
+    folder = RunFolder(config.out)
+    reasons = reasons_of(config)
     if folder.exists() and not restart:
-        config = as_begun(config, folder.config())
+        begun = as_begun(config, folder.config())
+        if begun != config:
+            reasons |= {"precision": "as this run began"}
+        config = begun
     config = settle(config)
     torch.set_num_threads(config.threads or 1)
     if not restart:
@@ -66,7 +70,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
         if folder.exists():
             require_same_images(image_sets(dataset), folder.config(), str(folder.path))
         trainer = build_trainer(config, dataset, folder)
-        _print_summary(console, asked, config, dataset, trainer)
+        _print_summary(console, config, reasons, dataset, trainer)
         if not folder.exists():
             folder.write_json("config.json", describe(config, dataset))
         resumed = trainer.resume()
@@ -109,22 +113,20 @@ def _print_changes(console: Console, began: dict[str, Any]) -> None:
 
 
 def _print_summary(
-    console: Console, asked: TrainConfig, config: TrainConfig, dataset: Dataset, trainer: Trainer
+    console: Console, config: TrainConfig, reasons: dict[str, str], dataset: Dataset, trainer: Trainer
 ) -> None:
-    """asked: as the user gave it, with what is left to the machine; config: settled."""
+    """config: settled; reasons: see assembly.reasons_of."""
     parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
     size = "x".join(str(length) for length in dataset.train.images.shape[1:])
     device = torch.device(config.device)
-    precision, threads = choose_precision(asked.precision, device), choose_threads(asked.threads)
-    reason = precision.reason if precision.name == config.precision else "as this run began"
     rows = {
         "data": f"{config.dataset}: {len(dataset.train.labels):,} training images {size}, {config.validation:,} held "
         f"out, {len(dataset.test.labels):,} test images, {len(dataset.classes)} classes",
         "source": dataset.source,
         "net": f"{config.net}, {parameters:,} parameters, shortcut {config.shortcut}",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "threads": f"{config.threads} ({threads.reason})",
-        "precision": f"{config.precision} ({reason})",
+        "threads": f"{config.threads} ({reasons['threads']})",
+        "precision": f"{config.precision} ({reasons['precision']})",
         "step": f"channels-last, torch.compile {config.compile}, batches from {trainer.pipeline.name}",
         "update": f"{config.update}, momentum {config.momentum}, weight decay {config.weight_decay}",
         "schedule": f"{config.schedule}: {trainer.schedule.steps:,} steps of {config.batch_size} images, "

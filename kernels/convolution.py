@@ -52,8 +52,8 @@ def is_winograd_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
         and input.dtype == convolution.weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and convolution.stride == (1, 1)
-        and input.numel() >= FEWEST_PIXELS * input.shape[1]
         and _has_layout(convolution, input)
+        and input.numel() >= FEWEST_PIXELS * input.shape[1]
         and has_library()
         and instructions() > 0
     )
@@ -87,7 +87,9 @@ def _has_layout(convolution: nn.Conv2d, input: Tensor) -> bool:
     """What all kernels ask for."""
     weight = convolution.weight
     return (
-        convolution.kernel_size == (3, 3)
+        input.dim() == 4
+        and input.shape[1] == weight.shape[1]
+        and convolution.kernel_size == (3, 3)
         and convolution.padding == convolution.dilation == (1, 1)
         and convolution.padding_mode == "zeros"
         and convolution.groups == 1

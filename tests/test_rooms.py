@@ -18,18 +18,12 @@ ROOMS = (
     ("training",),
     ("data",),
     ("nets",),
-    (
-        "run_state",
-        "run_folder",
-        "run_checkpoint",
-        "run_schema",
-        "run_lock",
-        "run_files",
-        "snapshot",
-        "printing",
-        "device",
-        "limits",
-    ),
+    # The run folder, where the stages meet, and below it the device.
+    ("run_state",),
+    ("run_folder",),
+    ("run_checkpoint", "run_schema", "run_lock", "snapshot"),
+    ("run_files", "device", "printing"),
+    ("limits",),
     ("kernels",),
 )
 HEIGHT = {room: -index for index, rooms in enumerate(ROOMS) for room in rooms}
@@ -60,6 +54,21 @@ def imports(module: str) -> set[str]:
     return named & FILES.keys()
 
 
+def names_of_the_package(module: str) -> set[str]:
+    """What `module` imports from `fastsnap` itself, modules aside: its lazy names come from all rooms."""
+    nodes = [
+        node for node in ast.walk(ast.parse(FILES[module].read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    named = {
+        alias.name for node in nodes if node.module == "fastsnap" and not node.level for alias in node.names
+    }
+    return {
+        name
+        for name in named
+        if not any(f"fastsnap.{name}" == other or other.startswith(f"fastsnap.{name}.") for other in FILES)
+    }
+
+
 def room(module: str) -> str:
     """Of "fastsnap.training.flat": training."""
     return module.split(".")[1]
@@ -70,6 +79,7 @@ def test_a_module_has_a_room_and_imports_nothing_from_above_it(module: str) -> N
     assert room(module) in HEIGHT
     above = {other for other in imports(module) - {"fastsnap"} if HEIGHT[room(other)] > HEIGHT[room(module)]}
     assert above == set()
+    assert names_of_the_package(module) <= {"__version__"}
 
 
 def test_no_imports_go_in_circles() -> None:

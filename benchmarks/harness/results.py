@@ -23,14 +23,14 @@ def append(result: Result, settings: Settings) -> Record:
 
 
 def latest(folder: Path) -> list[Record]:
-    """The records of the newest run of every (benchmark, case), in the order in which cases were first measured.
+    """The records of the newest run of every (benchmark, case, GPU), in the order in which these were first measured.
 
     So the rows of a case were measured in turns with each other. Quick runs do not replace others, and a last line that
     a crash cut short is left out. Raises ValueError if there is no result or a line is damaged.
     """
-    cases: dict[tuple[str, str], dict[str, Record]] = {}
+    cases: dict[tuple[str, str, str | None], dict[str, Record]] = {}
     for record in _read(folder / FILE):
-        place = record["benchmark"], record["case"]
+        place = record["benchmark"], record["case"], record["machine"]["gpu"]
         held = next(iter(cases.get(place, {}).values()), None)
         if held and record["quick"] and not held["quick"]:
             continue

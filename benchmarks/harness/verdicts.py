@@ -51,7 +51,8 @@ def _record_of(target: Target, records: Sequence[Record]) -> Record | None:
 
 
 def _counts(record: Record) -> bool:
-    return bool(record["n"]) and not record["quick"]
+    """Targets are for a CPU."""
+    return bool(record["n"]) and not record["quick"] and record["machine"]["gpu"] is None
 
 
 def _verdict(target: Target, record: Record | None) -> Verdict:

@@ -56,9 +56,10 @@ def test_loops_that_offer_a_precision_try_both_and_the_others_are_left_at_theirs
     assert plain == [Setting(workers, "fp32") for workers in throughput.QUICK_WORKERS]
 
 
-def test_what_was_best_on_the_first_net_is_kept_unless_another_precision_is_asked_for() -> None:
+def test_another_net_keeps_the_workers_and_tries_both_precisions_unless_one_is_asked_for() -> None:
     best, asked = Setting(2, "bf16"), replace(SMALL, precision="fp32")
-    assert throughput.to_try(CAREFUL, SMALL, best, quick=False) == [best]
+    both = [Setting(2, precision) for precision in tried_by_hand("auto", "cpu")]
+    assert throughput.to_try(CAREFUL, SMALL, best, quick=False) == both
     assert throughput.to_try(CAREFUL, asked, best, quick=False) == [Setting(2, "fp32")]
     assert throughput.to_try(PLAIN, replace(SMALL, precision="bf16"), Setting(2, "fp32"), quick=False) == [
         Setting(2, "fp32")

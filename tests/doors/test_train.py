@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
-from fastsnap import __version__, assembly, ensemble_eval, train
+from fastsnap import __version__, assembly, ensemble_eval, limits, train
 from fastsnap.config import make_config
 from fastsnap.data.datasets import load_dataset
 from fastsnap.nets.resnet import build_network
@@ -112,6 +112,20 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(
     assert "this run is finished" in output
     assert train.main([*SMALL, "--out", str(run), "--precision", config["precision"]]) == 2
     assert f"precision: {config['precision']} asked for, {other} there" in capsys.readouterr().err
+
+
+def test_the_summary_says_why_it_takes_so_many_threads(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(limits, "cpu_quota", lambda root: 1.0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert train.main([*SMALL, "--out", str(finished)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "threads   1 (the container's quota of 1 cores)" in capsys.readouterr().out
 
 
 def test_another_configuration_is_refused_by_field(

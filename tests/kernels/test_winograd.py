@@ -224,6 +224,14 @@ def test_what_the_kernel_does_not_take_goes_through_pytorch(layer):
     assert torch.equal(fast_convolution(convolution, input), reference_convolution(convolution, input))
 
 
+@pytest.mark.parametrize("channels", [3, 32, 128])
+def test_images_of_other_channels_are_pytorch_s_error(channels):
+    with pytest.raises(
+        RuntimeError, match=f"got input\\[8, {channels}, 8, 8\\]|expected input.*{channels} channels"
+    ):
+        fast_convolution(make_convolution(16, 16), channels_last(8, channels, 8, 8))
+
+
 @needs_instructions
 def test_it_is_not_for_autocast_nor_for_processors_without_the_instructions():
     convolution, input = make_convolution(16, 16), channels_last(8, 16, 8, 8)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fastsnap import assembly
 from fastsnap.limits import Room
 from fastsnap.nets.resnet import build_network
 from fastsnap.training.memory import (
@@ -143,18 +142,10 @@ def test_where_nothing_says_how_much_there_is_nothing_is_refused():
 def test_a_copy_of_the_data_set_on_the_device_counts():
     room = Room(2 * GB, "free on the GPU")
     require_training_memory(size_of("resnet20"), 64, room, half=False, copied=10**9)
-    with pytest.raises(ValueError, match=r"the data set 1\.90 GB.*free on the GPU: --batch-size 22 would fit"):
-        require_training_memory(size_of("resnet20"), 64, room, half=False, copied=2 * GB - 10**8)
-
-
-def test_images_that_memory_cannot_hold_are_refused_before_they_are_read(monkeypatch):
-    monkeypatch.setattr(assembly, "free_memory", lambda: Room(10**8, "free in this container"))
-    assembly.require_room_for_images("digits")
     with pytest.raises(
-        ValueError, match=r"reading cifar100 takes about 36\d MB.*100 MB are free in this container"
+        ValueError, match=r"the data set 1\.90 GB.*free on the GPU: --batch-size 22 would fit"
     ):
-        assembly.require_room_for_images("cifar100")
-    require_memory("it", {"all": 10**30}, None, "")
+        require_training_memory(size_of("resnet20"), 64, room, half=False, copied=2 * GB - 10**8)
 
 
 def test_a_disk_that_cannot_hold_the_snapshots_is_refused_with_figures(tmp_path):

@@ -1,0 +1,41 @@
+"""A run put together: what its configuration means here, and why."""
+
+import os
+
+import pytest
+import torch
+
+from fastsnap import assembly, limits
+from fastsnap.config import make_config
+from fastsnap.limits import Room
+
+
+def test_the_reasons_are_those_of_what_is_settled(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(limits, "cpu_quota", lambda root: 2.5)
+    config = make_config("digits", device="cpu", precision="fp32")
+    assert assembly.settle(config).threads == 2
+    assert assembly.reasons_of(config) == {
+        "threads": "the container's quota of 2.5 cores",
+        "precision": "as asked for",
+    }
+
+
+def test_nothing_is_left_to_the_machine_once_it_is_settled():
+    settled = assembly.settle(make_config("digits"))
+    assert "auto" not in (settled.device, settled.precision, settled.compile, settled.loader)
+    assert settled.threads >= 1
+    assert os.path.isabs(settled.data)
+    assert assembly.settle(settled) == settled
+
+
+def test_images_that_memory_cannot_hold_are_refused_before_they_are_read(monkeypatch):
+    monkeypatch.setattr(assembly, "free_memory", lambda: Room(10**8, "free in this container"))
+    assembly.require_room_for_images("digits")
+    with pytest.raises(
+        ValueError, match=r"reading cifar100 takes about 36\d MB.*100 MB are free in this container"
+    ):
+        assembly.require_room_for_images("cifar100")
+    require_memory("it", {"all": 10**30}, None, "")
