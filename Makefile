@@ -79,12 +79,13 @@ apex: .venv/installed
 	APEX_CPP_EXT=1 APEX_CUDA_EXT=1 $(BIN)/pip install -v --no-build-isolation \
 	  "git+https://github.com/NVIDIA/apex@$(APEX_TAG)"
 
-# The compiler that building the kernels will call: asked for before gigabytes are downloaded.
-COMPILER = $(shell $(PYTHON) -c "import os, sysconfig; print((os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0])")
+# The compiler that building the kernels will call: asked for before gigabytes are downloaded, within the recipe, where
+# variables of make's command line are in the environment.
+COMPILER := import os, sysconfig; print((os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0])
 
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.h)
-	@command -v $(COMPILER) > /dev/null || { \
-	  echo "make needs a C++ compiler for the CPU kernels, and $(COMPILER) is missing (Debian: apt install g++)." >&2; \
+	@compiler=$$($(PYTHON) -c "$(COMPILER)") && command -v $$compiler > /dev/null || { \
+	  echo "make needs a C++ compiler for the CPU kernels, and $$compiler is missing (Debian: apt install g++)." >&2; \
 	  echo "Another one: make CXX=... ; none at all: pip install . works too, but slower." >&2; \
 	  exit 1; }
 	@echo "installing into .venv; torch and its CUDA libraries are several GB, which takes minutes on a slow connection"

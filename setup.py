@@ -1,4 +1,4 @@
-"""Packaging: the Triton kernels of `kernels/` are installed as `fastsnap.kernels`."""
+"""Packaging: `kernels/` is installed as `fastsnap.kernels`."""
 
 import re
 import tempfile

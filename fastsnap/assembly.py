@@ -11,20 +11,20 @@ import torch
 
 from fastsnap import __version__
 from fastsnap.config import TrainConfig
-from fastsnap.data.datasets import IMAGE_BYTES, Dataset
+from fastsnap.data.datasets import Dataset
 from fastsnap.data.fingerprint import fingerprints
 from fastsnap.data.pipeline import choose_loader, make_pipeline
+from fastsnap.data.plan import largest_batch, training_steps
 from fastsnap.device import choose_device, choose_precision, free_device_memory
 from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.limits import choose_threads, free_memory
+from fastsnap.limits import choose_threads, require_memory
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.memory import (
     evaluation_needs,
     footprint,
     require_disk,
-    require_memory,
     require_training_memory,
 )
 from fastsnap.training.step import TrainStep, choose_compile
@@ -63,15 +63,11 @@ def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, precision=begun) if config.precision == "auto" and begun else config
 
 
-def require_room_for_images(dataset: str) -> None:
-    """Raise ValueError, with the figures, if memory cannot hold the images of `dataset` and the file being read."""
-    images = IMAGE_BYTES.get(dataset, 0)
-    needs = {"its images": images, "its file": images}
-    require_memory(f"reading {dataset}", needs, free_memory(), "free some, or raise the container's limit")
+def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder, *, restart: bool = False) -> None:
+    """Raise ValueError, with the figures, for a run that memory or disk cannot hold: now rather than in some hours.
 
-
-def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> None:
-    """Raise ValueError, with the figures, for a run that memory or disk cannot hold: now rather than in some hours."""
+    restart  what the folder holds is moved aside: it gives no room
+    """
     count, height, width, channels = dataset.train.images.shape
     if config.batch_size > count:
         raise ValueError(
@@ -90,12 +86,19 @@ def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> No
         free_device_memory(torch.device(config.device)),
     )
     copied = dataset.train.images.nbytes if config.device == "cuda" else 0
-    require_training_memory(size, config.batch_size, room, half=config.precision != "fp32", copied=copied)
+    largest = largest_batch(count, config.batch_size)
+    require_training_memory(size, largest, room, half=config.precision != "fp32", copied=copied)
     evaluation = evaluation_needs(
         size, BATCH_SIZE, len(dataset.test.labels), len(dataset.classes), config.cycles
     )
     require_memory("evaluating the snapshots", evaluation, room, "use fewer --cycles")
-    require_disk(size, folder.path, config.cycles)
+    saved = 0 if restart else folder.bytes_of_tensors()
+    require_disk(size, folder.path, config.cycles, saved)
+
+
+def planned_steps(config: TrainConfig, dataset: Dataset) -> int:
+    """Updates of the whole run."""
+    return config.epochs * training_steps(len(dataset.train.labels), config.batch_size)
 
 
 def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:

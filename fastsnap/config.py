@@ -14,6 +14,7 @@ from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS
 from fastsnap.kernels import schedule
 from fastsnap.limits import MOST_THREADS, THREADS_HELP
 from fastsnap.nets import resnet
+from fastsnap.printing import ArgumentParser
 from fastsnap.run_folder import RUNS
 from fastsnap.training.step import COMPILE
 from fastsnap.training.updates import UPDATES
@@ -196,7 +197,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[TrainConfig, bo
 
     Exits as argparse does; raises ValueError for bad values.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m fastsnap.train",
         description="Train a snapshot ensemble: one training run, M snapshots, and a table of what they are worth.",
         epilog=_recipes_text(),

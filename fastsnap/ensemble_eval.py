@@ -16,7 +16,7 @@ from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS, choose_device
 from fastsnap.ensemble.evaluate import BATCH_SIZE, SPLITS
 from fastsnap.ensemble.report import report_run
 from fastsnap.limits import THREADS_HELP, choose_threads
-from fastsnap.printing import is_lost, make_console, print_error
+from fastsnap.printing import ArgumentParser, OutputLost, is_lost, make_console, print_error
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
@@ -32,7 +32,7 @@ def _snapshot_numbers(text: str) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m fastsnap.ensemble_eval",
         description="Evaluate the snapshots of a run: each alone, and the last m averaged for every m. "
         "Prints tables and writes ensemble.json, error-against-m.png and training.png into the run folder. What is "
@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_json_path(path: str | None) -> None:
     """Raise ValueError before the evaluation, not after it."""
+    if path == "":
+        raise ValueError("--json needs a file's name, or - for standard output, got nothing")
     folder = Path(path or "-").parent
     if not folder.is_dir():
         raise ValueError(f"cannot write --json {path}: there is no folder {folder}")
@@ -108,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with stop_signals_raised():
             console = _evaluate(options)
+    except OutputLost:
+        return 128 + signal.SIGPIPE
     except TrainingStopped as stopped:
         print_error(f"stopped by {stopped}")
         return 128 + stopped.signal_number

@@ -145,3 +145,14 @@ def format_bytes(count: int) -> str:
             value = count / size
             return f"{value:,.{max(0, 2 - int(math.log10(value)))}f} {unit}"
     return f"{count} bytes"
+
+
+def require_memory(what: str, needs: dict[str, int], room: Room | None, remedy: str) -> None:
+    """Raise ValueError, with the figures and the remedy, if `what` takes more than `room`. None: nothing is known."""
+    total = sum(needs.values())
+    if room and total > room.bytes:
+        parts = ", ".join(f"{part} {format_bytes(count)}" for part, count in needs.items())
+        raise ValueError(
+            f"{what} takes about {format_bytes(total)} of memory ({parts}), but {format_bytes(room.bytes)} are "
+            f"{room.reason}: {remedy}"
+        )

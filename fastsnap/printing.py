@@ -1,10 +1,11 @@
 """What is printed is data: names, paths and labels appear as they are, on any stream, and never as commands to it."""
 
+import argparse
 import contextlib
 import os
 import sys
 import unicodedata
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -48,6 +49,26 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class OutputLost(Exception):
+    """Nobody can read any more what was to be printed."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Prints what it was given as it is, in its errors too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and `message`, and exit with status 2."""
+        super().error(literal(message, getattr(sys.stderr, "encoding", None) or "utf-8"))
+
+
+def write_output(text: str) -> bool:
+    """Write `text`, as it is, to standard output; returns whether it arrived."""
+    output = Output(sys.stdout)
+    output.write(text)
+    output.flush()
+    return sys.stdout is not None and not output.lost
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -124,6 +124,14 @@ class RunFolder:
     def _snapshot_files(self) -> list[Path]:
         return sorted((self.path / SNAPSHOTS).glob("*.safetensors"))
 
+    def bytes_of_tensors(self) -> int:
+        """Of the snapshots and the checkpoint that are there."""
+        total = 0
+        for file in [*(self.path / "snapshots").glob("*.safetensors"), self.path / CHECKPOINT]:
+            with contextlib.suppress(OSError):  # not there, or gone by now
+                total += file.stat().st_size
+        return total
+
     def has(self, name: str) -> bool:
         """Whether there is such a file in the folder."""
         try:
@@ -250,4 +258,8 @@ def newest_run(root: str | os.PathLike[str] = RUNS) -> RunFolder:
 
 
 def _last_written(folder: Path) -> float:
-    return max((folder / name).stat().st_mtime for name in (CONFIG, MANIFEST) if (folder / name).exists())
+    times = [0.0]
+    for name in (CONFIG, MANIFEST):
+        with contextlib.suppress(OSError):  # not there, or removed meanwhile
+            times.append((folder / name).stat().st_mtime)
+    return max(times)

@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from typing import Annotated
 
 import msgspec
 
+from fastsnap.printing import print_error
 from fastsnap.run_files import RunError, read_bounded
 
 LOCK, GUARD = ".lock", ".writer"
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 def say_on_standard_error(text: str) -> None:
     """For callers without a console of their own."""
-    print(text, file=sys.stderr)
+    print_error(text)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _guarded(folder: Path, say: Say) -> Iterator[Callable[[], None]]:
     heartbeat.start()
 
     def require_held() -> None:
-        if _read(guard) != own:
+        if _is_readable(guard) and _read(guard) != own:
             raise RunError(
                 f"{folder} was taken over by another process, since this one was stopped for more than "
                 f"{STALE_SECONDS:.0f} s; nothing more is saved from here. Wait for the other one"
@@ -149,7 +149,8 @@ def _guarded(folder: Path, say: Say) -> Iterator[Callable[[], None]]:
         ended.set()
         heartbeat.join()
         if _read(guard) == own:
-            guard.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it will be stale
+                guard.unlink(missing_ok=True)
 
 
 def _create(guard: Path, writer: Writer) -> bool:
@@ -172,6 +173,15 @@ def _read(guard: Path) -> Writer | None:
         return None
 
 
+def _is_readable(guard: Path) -> bool:
+    """Whether what `_read` finds means something: a file server may be away for a moment; the next save asks again."""
+    try:
+        read_bounded(guard, MOST_GUARD_BYTES)
+    except RunError:
+        return False
+    return True
+
+
 def _renew(guard: Path, own: Writer, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_SECONDS):
         if _read(guard) == own:
@@ -191,12 +201,18 @@ def _take_over(guard: Path, own: Writer, say: Say) -> None:
         raise RunError(f"{guard.parent} is being written by {name}; {remedy}")
     # Renamed first: of two processes that find it stale, one moves it away; the other must not move the first one's.
     moved = guard.with_name(f"{GUARD}.{own.token}")
-    with contextlib.suppress(FileNotFoundError):
+    try:
         guard.rename(moved)
         found = _read(moved)
         moved.unlink()
         if found != writer and found is not None:
             _create(guard, found)
+    except FileNotFoundError:
+        pass  # the other one was faster
+    except OSError as error:
+        raise RunError(
+            f"cannot replace {guard}: {error.strerror}; try again, or choose another --out"
+        ) from error
     if not _create(guard, own):
         raise RunError(
             f"{guard.parent} is being written by another process, which just began; choose another --out"

@@ -102,7 +102,7 @@ class MetricsRecord:
 
     step: Count
     train_loss: Number
-    epoch: Count | None = None
+    epoch: Count
     cycle: Count | None = None
     lr: Number | None = None
     train_error: Number | None = None

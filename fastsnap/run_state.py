@@ -31,13 +31,13 @@ def is_finished(folder: RunFolder, steps: int) -> bool:
 
 
 def require_nothing_trained(folder: RunFolder) -> None:
-    """Raise RunError if there are snapshots, of a run that has no checkpoint any more to go on from."""
-    entries = folder.snapshots()
-    if entries:
+    """Raise RunError if there are snapshots or epochs of a run that has no checkpoint any more to go on from."""
+    entries, records = folder.snapshots(), folder.metrics()
+    if entries or records:
         raise RunError(
-            f"{folder.path} holds {len(entries)} snapshots of an unfinished run, but its {CHECKPOINT} is missing: "
-            "put a copy of it back to go on, or add --restart to move what is there aside and train again from "
-            "the start"
+            f"{folder.path} holds {len(entries)} snapshots and {len(records)} epochs of an unfinished run, but its "
+            f"{CHECKPOINT} is missing: put a copy of it back to go on, or add --restart to move what is there aside "
+            "and train again from the start"
         )
 
 

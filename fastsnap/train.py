@@ -16,9 +16,9 @@ from fastsnap.assembly import (
     as_begun,
     build_trainer,
     describe,
+    planned_steps,
     reasons_of,
     require_room,
-    require_room_for_images,
     settle,
 )
 from fastsnap.config import TrainConfig, differences, parse_arguments
@@ -28,7 +28,7 @@ from fastsnap.device import choose_device
 from fastsnap.ensemble.report import report_run
 from fastsnap.printing import is_lost, make_console, print_error, print_line
 from fastsnap.run_folder import RunError, RunFolder
-from fastsnap.run_state import require_config, set_aside
+from fastsnap.run_state import is_finished, require_config, set_aside
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
@@ -52,7 +52,6 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     torch.set_num_threads(config.threads or 1)
     if not restart:
         _require_same(config, folder)
-    require_room_for_images(config.dataset)
     dataset = load_dataset(
         config.dataset,
         config.data,
@@ -60,8 +59,12 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
         train_images=config.train_images,
         seed=config.seed,
     )
-    require_room(config, dataset, folder)
+    if restart or not is_finished(folder, planned_steps(config, dataset)):
+        require_room(config, dataset, folder, restart=restart)
     with folder.locked(lambda text: print_line(console, text)):
+        trainer = build_trainer(
+            config, dataset, folder
+        )  # first: what cannot be begun must not move a run aside
         if restart:
             moved = set_aside(folder)
             if moved:
@@ -69,7 +72,6 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
         _require_same(config, folder)  # a process that held the lock until now may have made it
         if folder.exists():
             require_same_images(image_sets(dataset), folder.config(), str(folder.path))
-        trainer = build_trainer(config, dataset, folder)
         _print_summary(console, config, reasons, dataset, trainer)
         if not folder.exists():
             folder.write_json("config.json", describe(config, dataset))
@@ -102,7 +104,7 @@ def _require_same(config: TrainConfig, folder: RunFolder) -> None:
 
 def _print_changes(console: Console, began: dict[str, Any]) -> None:
     """Say what differs from where the run began, if that can change the last bits of its result."""
-    then = (began.get("threads"), began.get("versions", {}).get("torch"))
+    then = (began.get("threads"), (began.get("versions") or {}).get("torch"))
     now = (torch.get_num_threads(), torch.__version__)
     if then != now:
         print_line(

@@ -1,4 +1,4 @@
-// Statistics of the ensembles of m = 1..M members, sample by sample: see EnsembleStatistics in averaging.py.
+// Statistics of the ensembles of m = 1..M members, sample by sample: see EnsembleStatistics in averaging_reference.py.
 //
 // A sample's classes stay in the nearest cache while all members are added, so each logit is read once from memory.
 // Sums run in fp32 over blocks of classes and in fp64 over the blocks: 1e-6 for tens of thousands of classes too. A

@@ -2,12 +2,10 @@
 
 import os
 
-import pytest
 import torch
 
 from fastsnap import assembly, limits
 from fastsnap.config import make_config
-from fastsnap.limits import Room
 
 
 def test_the_reasons_are_those_of_what_is_settled(monkeypatch):
@@ -29,13 +27,3 @@ def test_nothing_is_left_to_the_machine_once_it_is_settled():
     assert settled.threads >= 1
     assert os.path.isabs(settled.data)
     assert assembly.settle(settled) == settled
-
-
-def test_images_that_memory_cannot_hold_are_refused_before_they_are_read(monkeypatch):
-    monkeypatch.setattr(assembly, "free_memory", lambda: Room(10**8, "free in this container"))
-    assembly.require_room_for_images("digits")
-    with pytest.raises(
-        ValueError, match=r"reading cifar100 takes about 36\d MB.*100 MB are free in this container"
-    ):
-        assembly.require_room_for_images("cifar100")
-    require_memory("it", {"all": 10**30}, None, "")

@@ -170,3 +170,8 @@ def test_make_names_the_compiler_that_is_missing_before_it_installs_anything(tmp
     assert done.returncode != 0
     assert "/no/such/c++ is missing" in done.stderr
     assert not (tmp_path / ".venv").exists()
+    command += ["CXX=/no/such/other"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | NO_COMPILER, cwd=tmp_path
+    )
+    assert "/no/such/other is missing" in done.stderr

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fastsnap.data.archives import DataError, as_array, as_texts, read_idx, read_pickle
 from fastsnap.data.downloads import locate
 from fastsnap.data.draws import FIXED_SPLIT, HELD_OUT, KEPT, shuffled
+from fastsnap.limits import free_memory, require_memory
 
 DATASETS = ("cifar10", "cifar100", "digits", "fashion-mnist")
 CIFAR_PIXELS = 3 * 32 * 32
@@ -83,10 +84,14 @@ def load_dataset(
     validation    training images to hold out, stratified by class, chosen by the seed
     train_images  how many of the others to keep, likewise; None keeps all
 
-    Raises ValueError for an unknown name and for numbers that do not fit, and DataError, which is one, for
+    Raises ValueError for an unknown name, for numbers that do not fit and for images that memory cannot hold,
+    and DataError, which is one, for
     files that are missing and cannot be downloaded, are damaged, or are not what the publisher describes.
     """
     check_name(name)
+    images = IMAGE_BYTES.get(name, 0)
+    needs = {"its images": images, "its file": images}
+    require_memory(f"reading {name}", needs, free_memory(), "free some, or raise the container's limit")
     if name == "digits":
         whole = _digits()
     elif name == "fashion-mnist":

@@ -177,7 +177,11 @@ def _place(publication: Publication, folder: Path, download: Callable[[Path], No
                 unpack(archive, publication.subfolder, publication.md5, found)
             target = folder / publication.subfolder
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(found, target)
+            try:
+                os.replace(found, target)
+            except OSError:
+                if not _files_in(target, publication):  # another run was faster
+                    raise
     except (
         OSError,
         HTTPException,

@@ -54,6 +54,11 @@ def training_steps(count: int, batch_size: int) -> int:
     return max(1, full + (rest >= min(LEAST_BATCH, batch_size)))
 
 
+def largest_batch(count: int, batch_size: int) -> int:
+    """Images in the largest batch of an epoch that trains on `count` images."""
+    return max(min(count, batch_size), count - (training_steps(count, batch_size) - 1) * batch_size)
+
+
 class Plan:
     """Which images each batch holds and how they are augmented: a function of (seed, epoch, step).
 
@@ -67,7 +72,7 @@ class Plan:
         self.count, self.batch_size = count, batch_size
         self.augment, self.padding = augment, padding if augment else 0
         self.steps_per_epoch = training_steps(count, batch_size) if augment else -(-count // batch_size)
-        self.largest_batch = max(min(count, batch_size), count - (self.steps_per_epoch - 1) * batch_size)
+        self.largest_batch = largest_batch(count, batch_size) if augment else min(count, batch_size)
         self._seed, self._flip = seed, flip
         # Two epochs are in use at once while the next one is prefetched.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)

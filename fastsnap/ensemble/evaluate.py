@@ -122,12 +122,15 @@ def evaluate_run(
     config = folder.config()
     entries = choose_snapshots(folder, snapshots)
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
+    # In a process that has just trained, memory that it keeps for itself counts as taken; it asked when it began.
+    fresh = dataset is None
     dataset = dataset or _load_data(config, data, folder)
     image_set = _choose_split(dataset, split, folder)
     require_same_images({split: image_set}, config, str(folder.path))
     device = device or choose_device("auto")
     computed = _evaluation_precision(precision, device)
-    _require_memory(config, dataset, folder, device, batch_size, len(image_set.labels), len(entries))
+    if fresh:
+        _require_memory(config, dataset, folder, device, batch_size, len(image_set.labels), len(entries))
     network = _build_network(config, dataset, folder).to(memory_format=torch.channels_last).to(device)
     pipeline = make_pipeline(
         image_set,

@@ -16,7 +16,7 @@ from fastsnap.data.plan import training_steps
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.printing import escaped, literal
-from fastsnap.run_files import write_atomically
+from fastsnap.run_files import RunError, write_atomically
 from fastsnap.run_folder import RunFolder
 from fastsnap.run_schema import SnapshotEntry
 
@@ -137,18 +137,36 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
+def _updates_per_epoch(config: dict[str, Any], metrics: Sequence[dict[str, Any]], run: Path) -> int:
+    """As metrics.jsonl shows, since version 0.1.0 cut the epochs in another way; without it, as planned.
+
+    Raises RunError for lines whose epochs are not of one length.
+    """
+    if not metrics:
+        return training_steps(config["images"]["train"], config["batch_size"])
+    lengths = {divmod(record["step"], record["epoch"]) for record in metrics}
+    if len(lengths) > 1 or min(lengths)[0] < 1 or min(lengths)[1]:
+        raise RunError(
+            f"{run / 'metrics.jsonl'} is damaged: its epochs are not of one length; put back a copy of it, or remove it"
+        )
+    return min(lengths)[0]
+
+
 def save_plots(folder: RunFolder, report: Report, out: Path, suffix: str = "") -> list[str]:
     """Write error-against-m<suffix>.png and training.png into the folder `out`, and return their names."""
     names = [f"error-against-m{suffix}.png", "training.png"]
     save(error_figure(report), out / names[0])
     config = folder.config()
-    metrics = folder.metrics()
-    updates_per_epoch = training_steps(config["images"]["train"], config["batch_size"])
-    if metrics:  # what was done counts: version 0.1.0 cut the epochs in another way
-        updates_per_epoch = metrics[-1]["step"] // metrics[-1]["epoch"]
-    steps = config["epochs"] * updates_per_epoch
-    schedule = Schedule(config["schedule"], steps, config["cycles"], config["learning_rate"])
+    metrics, snapshots = folder.metrics(), folder.snapshots()
+    updates_per_epoch = _updates_per_epoch(config, metrics, folder.path)
+    # A run of version 0.1.0 without metrics has some steps more than are planned now.
+    done = max([record["step"] for record in metrics] + [entry.step for entry in snapshots])
+    steps = max(config["epochs"] * updates_per_epoch, done)
+    try:
+        schedule = Schedule(config["schedule"], steps, config["cycles"], config["learning_rate"])
+    except ValueError as error:
+        raise RunError(f"{folder.path / 'config.json'} is damaged: {error}; put back a copy of it") from error
     title = f"{report.run}: learning rate and training loss, {report.net} on {report.dataset}"
-    figure = training_figure(title, schedule, updates_per_epoch, metrics, folder.snapshots())
+    figure = training_figure(title, schedule, updates_per_epoch, metrics, snapshots)
     save(figure, out / names[1])
     return names

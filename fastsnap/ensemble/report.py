@@ -6,8 +6,8 @@ for goes to files whose names say what it is: `ensemble-validation-snapshots-1-3
 
 import hashlib
 import json
+import os
 import stat
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.console import Console
 from fastsnap.ensemble.evaluate import Report, evaluate_run
 from fastsnap.ensemble.plots import save_plots
 from fastsnap.ensemble.tables import print_report, ranges
-from fastsnap.printing import print_line
+from fastsnap.printing import OutputLost, print_line, write_output
 from fastsnap.run_files import RunError, require_writable, write_atomically
 from fastsnap.run_folder import RunFolder
 
@@ -40,6 +40,7 @@ def report_run(
     precision  and options: those of evaluate_run
     Raises ValueError for what evaluate_run cannot do, for a folder that cannot be written to, before evaluating, and
     for files that cannot be saved after all: the tables are printed then, too.
+    Raises OutputLost if nobody reads the JSON.
     """
     out = out or folder.path
     folder.config()  # no run at all is a worse fault than a folder that cannot be written to
@@ -59,11 +60,12 @@ def report_run(
             _write_json(Path(json_path), report)
     except RunError as error:
         failure = error
-    if json_path == "-":
-        sys.stdout.write(_as_text(report))
+    arrived = write_output(_as_text(report)) if json_path == "-" else True
     print_report(report, console)
     if failure:
         raise failure
+    if not arrived:
+        raise OutputLost
     print_line(console, f"saved {', '.join(saved[:-1])} and {saved[-1]} in {out}")
     return report
 
@@ -99,7 +101,8 @@ def _write_json(path: Path, report: Report) -> None:
             return
     except OSError as error:
         raise RunError(f"cannot write --json {path}: {error.strerror}") from error
-    write_atomically(path, _as_text(report).encode())
+    # Where a link leads to, so that the link stays.
+    write_atomically(Path(os.path.realpath(path)), _as_text(report).encode())
 
 
 def _as_text(report: Report) -> str:

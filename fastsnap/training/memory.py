@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastsnap.limits import Room, format_bytes, free_disk
+from fastsnap.limits import Room, format_bytes, free_disk, require_memory
 
 FP32, HALF = 4, 2  # bytes of a number
 LEAST_IMAGES = 2  # in a forward pass: BatchNorm refuses a single value per channel
@@ -108,25 +108,14 @@ def require_training_memory(
     require_memory("training", needs(images), room, remedy)
 
 
-def require_memory(what: str, needs: dict[str, int], room: Room | None, remedy: str) -> None:
-    """Raise ValueError, with the figures and the remedy, if `what` takes more than `room`. None: nothing is known."""
-    total = sum(needs.values())
-    if room and total > room.bytes:
-        parts = ", ".join(f"{part} {format_bytes(count)}" for part, count in needs.items())
-        raise ValueError(
-            f"{what} takes about {format_bytes(total)} of memory ({parts}), but {format_bytes(room.bytes)} are "
-            f"{room.reason}: {remedy}"
-        )
-
-
-def require_disk(size: Footprint, folder: Path, snapshots: int) -> None:
+def require_disk(size: Footprint, folder: Path, snapshots: int, saved: int) -> None:
     """Raise ValueError, with the figures, if `snapshots` and a checkpoint do not fit on the disk of `folder`.
 
-    What the folder holds already counts. While a checkpoint is replaced, there are two of them.
+    While a checkpoint is replaced, there are two of them.
+    saved  bytes of the run's snapshots and checkpoint that are there already
     """
     own, room = size.parameters, free_disk(folder)
-    there = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if folder.is_dir() else 0
-    needed = (snapshots + 2 * 2) * own + LOGS - there
+    needed = (snapshots + 2 * 2) * own + LOGS - saved
     if room and needed > room.bytes:
         raise ValueError(
             f"{snapshots:,} snapshots of {format_bytes(own)}, and a checkpoint twice as large of which there are two "

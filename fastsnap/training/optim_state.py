@@ -131,9 +131,9 @@ def saved_counts(saved: Group) -> tuple[int, int]:
     if missing:
         raise ValueError(f"state_dict has no {missing}: it is not an optimizer's")
     if "updates" in saved:  # as version 0.1.0 saved them, beside "state" and "param_groups"
-        return saved["updates"], saved["averaged"]
+        return saved["updates"], saved.get("averaged", 0)
     tensors = saved_tensors(saved)
-    if not all("step" in of_parameter for of_parameter in tensors):
+    if not tensors or not all("step" in of_parameter for of_parameter in tensors):
         raise ValueError(
             "state_dict has no 'step' of each parameter, so no SnapshotSGD saved it (torch.optim.SGD does not, for "
             "one): copy the momentum buffers into state[parameter]['momentum_buffer'] and call seek(updates), or "

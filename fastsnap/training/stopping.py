@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Those by which somebody insists. The others may well come twice, or after another, for one and the same reason.
+INSISTING = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingStopped(Exception):
@@ -31,14 +33,17 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turn the first signal into a request to stop; a second one does what it would have done outside."""
+    """Turn the first signal into a request to stop. A second SIGTERM or Ctrl-C does what it would have done outside; a
+    second one of the others does nothing.
+    """
     request = StopRequest()
-    outside = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    outside = {number: signal.getsignal(number) for number in INSISTING}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        request.signal_number = number
-        for known, handler in outside.items():
-            signal.signal(known, handler)
+        if request.signal_number is None:
+            request.signal_number = number
+            for known, handler in outside.items():
+                signal.signal(known, handler)
 
     with _handled_by(ask):
         yield request

@@ -20,9 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastsnap.data import datasets
 from fastsnap.data.archives import DataError, as_array, as_texts, read_idx, read_pickle
 from fastsnap.data.datasets import DATASETS, load_dataset
 from fastsnap.data.downloads import PUBLICATIONS, locate
+from fastsnap.limits import Room
 
 LARGEST = 10**6
 
@@ -683,3 +685,12 @@ def test_checksums_are_torchvisions():
         files[published.meta["filename"]] = published.meta["md5"]
         assert PUBLICATIONS[name].md5 == files
     assert PUBLICATIONS["fashion-mnist"].md5 == dict(FashionMNIST.resources)
+
+
+def test_images_that_memory_cannot_hold_are_refused_before_they_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "free_memory", lambda: Room(10**8, "free in this container"))
+    load_dataset("digits")
+    with pytest.raises(
+        ValueError, match=r"reading cifar100 takes about 36\d MB.*100 MB are free in this container"
+    ):
+        load_dataset("cifar100", tmp_path)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -333,3 +334,35 @@ def test_one_snapshot_is_no_ensemble(tmp_path):
     text = printed(evaluate_run(folder, dataset=small_dataset(), device=CPU))
     assert "an ensemble needs at least 2" in text
     assert "To choose m" not in text
+
+
+@pytest.mark.parametrize("sink", ["| true", "> /dev/full", ">&-"])
+def test_json_that_nobody_reads_is_no_success_and_no_traceback(tmp_path, sink):
+    folder = small_run(tmp_path / "run", snapshots=2)
+    command = f"{sys.executable} -m fastsnap.ensemble_eval {folder.path} --device cpu --json - {sink}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "The last m averaged" in done.stderr
+    assert (folder.path / "ensemble.json").exists()
+
+
+def test_json_goes_where_a_link_leads_to_and_needs_a_name(tmp_path, capsys):
+    folder = small_run(tmp_path / "run", snapshots=1)
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert main([str(folder.path), "--json", str(link), "--device", "cpu"]) == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["run"] == "run"
+    assert main([str(folder.path), "--json", "", "--device", "cpu"]) == 2
+    assert "--json needs a file's name" in capsys.readouterr().err
+
+
+def test_arguments_are_printed_as_they_are_in_the_parser_s_errors_too(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--no-such\x1b[31m"])
+    assert "--no-such\\x1b[31m" in capsys.readouterr().err

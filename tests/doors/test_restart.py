@@ -65,7 +65,10 @@ def test_an_unfinished_run_without_checkpoint_begins_anew_only_when_told_to(
     before = contents(unfinished)
     assert train.main([*SMALL, "--out", str(unfinished)]) == 2
     message = capsys.readouterr().err
-    assert "holds 2 snapshots of an unfinished run, but its checkpoint.safetensors is missing" in message
+    assert (
+        "holds 2 snapshots and 2 epochs of an unfinished run, but its checkpoint.safetensors is missing"
+        in message
+    )
     assert "--restart" in message
     assert contents(unfinished) == before
     assert train.main([*SMALL, "--out", str(unfinished), "--restart"]) == 0
@@ -73,6 +76,26 @@ def test_an_unfinished_run_without_checkpoint_begins_anew_only_when_told_to(
     assert f"restart: what was there is now in {aside}" in capsys.readouterr().out
     assert contents(aside) == before
     assert weights(unfinished) == weights(finished)
+
+
+def test_epochs_before_the_first_snapshot_are_not_trained_over_either(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunFolder(run).forget_after(1)
+    first = '{"step": 1, "epoch": 1, "train_loss": 2.0}\n'
+    (run / "metrics.jsonl").write_text(first)
+    (run / "checkpoint.safetensors").unlink()
+    assert train.main([*SMALL, "--out", str(run)]) == 2
+    assert "holds 0 snapshots and 1 epochs of an unfinished run" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == first
+
+
+@pytest.mark.parametrize("flags", [["--cycles", "100000"], ["--update", "apex"]])
+def test_a_restart_that_cannot_begin_moves_nothing(run: Path, flags: list[str]) -> None:
+    before = contents(run)
+    assert train.main([*SMALL, "--out", str(run), "--restart", *flags]) == 2
+    assert contents(run) == before
+    assert not list(run.glob("replaced-*"))
 
 
 def test_a_restart_may_have_another_configuration(run: Path) -> None:

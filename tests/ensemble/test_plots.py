@@ -1,6 +1,7 @@
 """The pictures show the figures they are given, for runs of every size."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.ensemble.plots import error_figure, save, save_plots, training_figure
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.printing import literal
+from fastsnap.run_files import RunError
 from fastsnap.run_schema import SnapshotEntry
 
 
@@ -106,3 +108,31 @@ def test_pictures_of_any_run_are_readable_files(tmp_path, snapshots, planned):
     for name in ("error-against-m.png", "training.png"):
         height, width = imread(folder.path / name).shape[:2]
         assert width > height > 500
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ({"step": 80, "train_loss": 1}, "epoch"),
+        ({"step": 80, "train_loss": 1, "epoch": None}, "epoch"),
+        ({"step": 79, "train_loss": 1, "epoch": 4}, "not of one length"),
+        ({"step": 80, "train_loss": 1, "epoch": 81}, "not of one length"),
+    ],
+)
+def test_metrics_that_make_no_sense_are_an_error_that_names_the_file(tmp_path, line, named):
+    folder, report = evaluated(tmp_path / "run", snapshots=3)
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    (folder.path / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(line)]) + "\n")
+    with pytest.raises(RunError, match=f"metrics.jsonl.*{named}"):
+        save_plots(folder, report, tmp_path)
+
+
+def test_a_run_of_version_0_1_0_is_drawn_also_without_its_metrics(tmp_path):
+    folder, report = evaluated(tmp_path / "run", snapshots=3)
+    config = folder.config()
+    few = config["images"] | {
+        "train": config["images"]["train"] - 100
+    }  # as if a rest had been a batch of its own
+    folder.write_json("config.json", config | {"images": few})
+    (folder.path / "metrics.jsonl").unlink()
+    assert save_plots(folder, report, tmp_path) == ["error-against-m.png", "training.png"]

@@ -9,6 +9,7 @@ import pytest
 
 from fastsnap.limits import Room
 from fastsnap.nets.resnet import build_network
+from fastsnap.run_folder import RunFolder
 from fastsnap.training.memory import (
     Footprint,
     evaluation_needs,
@@ -153,8 +154,8 @@ def test_a_disk_that_cannot_hold_the_snapshots_is_refused_with_figures(tmp_path)
     with pytest.raises(
         ValueError, match=r"1,000,000 snapshots of \d+ GB, .* need .* GB more .*free on the disk of"
     ):
-        require_disk(size_of("resnet8x999"), tmp_path / "not" / "there", 10**6)
-    require_disk(size_of("resnet20"), tmp_path / "not" / "there", 5)
+        require_disk(size_of("resnet8x999"), tmp_path / "not" / "there", 10**6, 0)
+    require_disk(size_of("resnet20"), tmp_path / "not" / "there", 5, 0)
     assert not (tmp_path / "not").exists()
 
 
@@ -162,7 +163,12 @@ def test_what_is_saved_already_needs_no_more_disk(tmp_path):
     size = size_of("resnet20")
     too_many = shutil.disk_usage(tmp_path).free // size.parameters + 1000
     with pytest.raises(ValueError, match="free some space"):
-        require_disk(size, tmp_path, too_many)
-    with (tmp_path / "snapshot-01.safetensors").open("wb") as file:
-        file.truncate(5000 * size.parameters)  # sparse
-    require_disk(size, tmp_path, too_many)
+        require_disk(size, tmp_path, too_many, 0)
+    folder = RunFolder(tmp_path)
+    for place in ("snapshots", "replaced-2026/snapshots"):
+        (tmp_path / place).mkdir(parents=True)
+        with (tmp_path / place / "snapshot-01.safetensors").open("wb") as file:
+            file.truncate(5000 * size.parameters)  # sparse
+    (tmp_path / "snapshots" / "snapshot-02.safetensors").symlink_to("nowhere")
+    assert folder.bytes_of_tensors() == 5000 * size.parameters  # what was moved aside will not be overwritten
+    require_disk(size, tmp_path, too_many, folder.bytes_of_tensors())

@@ -6,7 +6,13 @@ import threading
 
 import pytest
 
-from fastsnap.training.stopping import STOP_SIGNALS, TrainingStopped, stop_signals, stop_signals_raised
+from fastsnap.training.stopping import (
+    INSISTING,
+    STOP_SIGNALS,
+    TrainingStopped,
+    stop_signals,
+    stop_signals_raised,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +25,18 @@ def heard():
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_the_first_signal_is_a_request_and_the_second_is_not(number):
+def test_the_first_signal_is_a_request_and_only_insisting_interrupts(number):
     with stop_signals_raised(), stop_signals() as stop:
         assert stop.signal_number is None
         os.kill(os.getpid(), number)
         assert stop.signal_number == number
-        with pytest.raises(TrainingStopped, match=signal.Signals(number).name) as stopped:
-            os.kill(os.getpid(), number)
-        assert stopped.value.signal_number == number
+        for again in (signal.SIGHUP, signal.SIGUSR1):  # a terminal that closes may send several
+            os.kill(os.getpid(), again)
+        assert stop.signal_number == number
+        for insisting in INSISTING:
+            with pytest.raises(TrainingStopped, match=signal.Signals(insisting).name) as stopped:
+                os.kill(os.getpid(), insisting)
+            assert stopped.value.signal_number == insisting
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
