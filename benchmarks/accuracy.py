@@ -115,7 +115,9 @@ def _folder(regime: Regime, kind: str, seed: int, out: Path) -> RunFolder:
 
 
 def _config(regime: Regime, kind: str, seed: int, settings: Settings) -> TrainConfig:
-    values = asdict(regime) | {"seed": seed, "device": settings.device, "data": str(settings.data or "data")}
+    values = asdict(regime) | {"seed": seed, "device": settings.device}
+    if settings.data:
+        values["data"] = str(settings.data)
     del values["name"], values["seeds"]
     if kind == STANDARD_RUN:
         values |= {"schedule": "step", "learning_rate": STANDARD_RATE}

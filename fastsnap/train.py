@@ -159,6 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
                 device=choose_device(config.device),
                 precision=config.precision,
                 console=console,
+                check_memory=False,
             )
     except TrainingStopped as stopped:
         command = "same command again, without --restart," if restart else "same command again"

@@ -126,7 +126,7 @@ def test_a_checkpoint_with_one_bit_flipped_is_not_trained_on(folder: RunFolder) 
 
 def test_metrics_come_back_and_a_line_cut_short_is_left_out(folder: RunFolder) -> None:
     for step in (10, 20, 30):
-        folder.append_metrics({"step": step, "train_loss": 1 / step})
+        folder.append_metrics({"step": step, "epoch": step, "train_loss": 1 / step})
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "tra')
     assert [record["step"] for record in folder.metrics()] == [10, 20, 30]
@@ -135,7 +135,7 @@ def test_metrics_come_back_and_a_line_cut_short_is_left_out(folder: RunFolder) -
 def test_resuming_forgets_what_came_after(folder: RunFolder) -> None:
     for cycle in (1, 2, 3):
         save(folder, cycle)
-        folder.append_metrics({"step": 10 * cycle, "train_loss": 0.1})
+        folder.append_metrics({"step": 10 * cycle, "epoch": cycle, "train_loss": 0.1})
     folder.forget_after(20)
     assert [entry.step for entry in folder.snapshots()] == [10, 20]
     assert [record["step"] for record in folder.metrics()] == [10, 20]

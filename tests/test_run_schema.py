@@ -96,7 +96,7 @@ def test_a_wrong_value_is_named_with_file_field_and_remedy(
         ('{"step": 90, "train_loss": 1e999}', r"train_loss: .*found inf"),
         ('{"step": 90, "train_loss": 1, "lr": "0.1"}', r"lr: .*found '0\.1'"),
         ("{", "is not JSON"),
-        ('{"step": 3, "train_loss": 1}', "step must ascend, found 3 after"),
+        ('{"step": 3, "epoch": 1, "train_loss": 1}', "step must ascend, found 3 after"),
     ],
 )
 def test_a_wrong_line_of_the_metrics_is_named(folder: RunFolder, line: str, named: str) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from fastsnap.device import choose_device, processor_name
 
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "fastsnap"
 # What an opponent needs, by the name that is imported, and the command that installs it.
 INSTALL = {
@@ -216,4 +217,6 @@ def commit() -> str | None:
 def _relative(argument: str) -> str:
     """Arguments as a reader would type them: nobody else has this machine's folders."""
     path = Path(argument)
+    if path.exists() and not path.resolve().is_relative_to(ROOT):
+        return "FOLDER"
     return os.path.relpath(path) if path.is_absolute() else argument

@@ -103,6 +103,7 @@ def evaluate_run(
     device: torch.device | None = None,
     precision: str = "auto",
     on_member: OnMember | None = None,
+    check_memory: bool = True,
 ) -> Report:
     """Evaluate the snapshots of the run in `folder`.
 
@@ -114,6 +115,8 @@ def evaluate_run(
     device      default: CUDA if there is one, else the CPU
     precision   of the forward passes, "auto", "bf16", "fp16" or "fp32", whatever the run was trained in
     on_member   called before each member's forward passes
+    check_memory  False for a process that has just trained: what it keeps for itself counts as taken, and it asked
+                before it began
 
     Raises RunError (a ValueError) for a run without snapshots or that split, and for snapshots that do not
     exist, are damaged, do not fit the net or give NaN; DataError (a ValueError) for missing data and for images or
@@ -122,14 +125,12 @@ def evaluate_run(
     config = folder.config()
     entries = choose_snapshots(folder, snapshots)
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
-    # In a process that has just trained, memory that it keeps for itself counts as taken; it asked when it began.
-    fresh = dataset is None
     dataset = dataset or _load_data(config, data, folder)
     image_set = _choose_split(dataset, split, folder)
     require_same_images({split: image_set}, config, str(folder.path))
     device = device or choose_device("auto")
     computed = _evaluation_precision(precision, device)
-    if fresh:
+    if check_memory:
         _require_memory(config, dataset, folder, device, batch_size, len(image_set.labels), len(entries))
     network = _build_network(config, dataset, folder).to(memory_format=torch.channels_last).to(device)
     pipeline = make_pipeline(

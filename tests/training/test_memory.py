@@ -68,7 +68,9 @@ trainer = build_trainer(settle(make_config(net=sys.argv[1], epochs=1, cycles=1, 
                         precision="fp32", loader="torch", out=sys.argv[3])), data, RunFolder(sys.argv[3]))
 with ProgressDisplay(Console(quiet=True), 0, trainer.schedule.steps) as display:
     trainer.run(display)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+# Not getrusage's peak, which begins with that of the program that started this one.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(1024 * int(peak.split()[1]) - before)
 """
 
 
