@@ -65,7 +65,8 @@ class CpuUpdate:
 
         Raises ValueError if all updates of the schedule are done.
         """
-        self._schedule.check(self._clock[0])
+        if self._clock[0] >= self._schedule.steps:
+            self._schedule.check(self._clock[0])
         addresses = array("q", [0 if gradient is None else gradient.data_ptr() for gradient in gradients])
         arguments = self._arguments
         arguments.addresses = addresses.buffer_info()[0]
