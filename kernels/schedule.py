@@ -71,7 +71,9 @@ class Schedule:
         if self.kind == "step":
             drops = (2 * step >= self.steps) + (4 * step >= 3 * self.steps)
             return self.learning_rate * STEP_DECAY**drops
-        cycle = ((step + 1) * self.cycles - 1) // self.steps  # as `cycle`, checked above: this runs at every update
+        cycle = (
+            (step + 1) * self.cycles - 1
+        ) // self.steps  # as `cycle`, checked above: this runs at every update
         start, end = self.boundary(cycle), self.boundary(cycle + 1)
         return self.learning_rate / 2 * (math.cos(math.pi * (step - start) / (end - start)) + 1)
 
