@@ -64,7 +64,7 @@ def test_flags_of_the_benchmarks_that_the_pages_name_exist() -> None:
     flags = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / "run.py").read_text()))
     pages = "".join(page.read_text() for page in PAGES)
     # The results name the commands of the commits that they were measured at.
-    pages = re.sub(r"<!-- results -->.*<!-- /results -->", "", pages, flags=re.DOTALL)
+    pages = re.sub(r"<!-- (results|earlier) -->.*?<!-- /\1 -->", "", pages, flags=re.DOTALL)
     commands = re.findall(r"benchmarks/run\.py([^`\n]*)", pages)
     assert commands
     assert {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)} <= flags
