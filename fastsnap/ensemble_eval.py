@@ -3,6 +3,11 @@
 Writes ensemble.json, error-against-m.png and training.png into the run folder, or another.
 """
 
+from fastsnap.waiting import spin_shortly
+
+if __name__ == "__main__":
+    spin_shortly()
+
 import argparse
 import signal
 import sys
@@ -13,7 +18,8 @@ from rich.console import Console
 
 from fastsnap import __version__
 from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS, choose_device
-from fastsnap.ensemble.evaluate import BATCH_SIZE, SPLITS
+from fastsnap.ensemble.evaluate import BATCH_SIZE
+from fastsnap.ensemble.inputs import SPLITS
 from fastsnap.ensemble.report import report_run
 from fastsnap.limits import THREADS_HELP, choose_threads
 from fastsnap.printing import ArgumentParser, OutputLost, is_lost, make_console, print_error

@@ -4,6 +4,11 @@ One run trains, saves a snapshot at the end of each learning-rate cycle, and eva
 again goes on with an unfinished run, to the same bits, and evaluates a finished one.
 """
 
+from fastsnap.waiting import spin_shortly
+
+if __name__ == "__main__":
+    spin_shortly()
+
 import os
 import signal
 import sys
@@ -62,9 +67,8 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     if restart or not is_finished(folder, planned_steps(config, dataset)):
         require_room(config, dataset, folder, restart=restart)
     with folder.locked(lambda text: print_line(console, text)):
-        trainer = build_trainer(
-            config, dataset, folder
-        )  # first: what cannot be begun must not move a run aside
+        # First: what cannot be begun must not move a run aside.
+        trainer = build_trainer(config, dataset, folder)
         if restart:
             moved = set_aside(folder)
             if moved:

@@ -23,7 +23,7 @@ ROOMS = (
     ("run_folder",),
     ("run_checkpoint", "run_schema", "run_lock", "snapshot"),
     ("run_files", "device", "printing"),
-    ("limits",),
+    ("limits", "waiting"),
     ("kernels",),
 )
 HEIGHT = {room: -index for index, rooms in enumerate(ROOMS) for room in rooms}

@@ -3,31 +3,28 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsnap.data.archives import DataError
-from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
+from fastsnap.data.datasets import Dataset
 from fastsnap.data.fingerprint import require_same_images
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
-from fastsnap.device import (
-    AUTOCAST_DTYPES,
-    Precision,
-    choose_device,
-    choose_precision,
-    free_device_memory,
+from fastsnap.device import AUTOCAST_DTYPES, choose_device
+from fastsnap.ensemble.inputs import (
+    choose_snapshots,
+    choose_split,
+    evaluation_precision,
+    load_data,
+    network_of,
+    require_evaluation_memory,
 )
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
-from fastsnap.nets.resnet import KERNEL_OPERATIONS, build_network
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_schema import SnapshotEntry, check_plan
-from fastsnap.training.memory import evaluation_needs, footprint, require_memory
 
-SPLITS = ("test", "validation")
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
 OnMember = Callable[[SnapshotEntry], None]
 
@@ -125,14 +122,16 @@ def evaluate_run(
     config = folder.config()
     entries = choose_snapshots(folder, snapshots)
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
-    dataset = dataset or _load_data(config, data, folder)
-    image_set = _choose_split(dataset, split, folder)
+    dataset = dataset or load_data(config, data, folder)
+    image_set = choose_split(dataset, split, folder)
     require_same_images({split: image_set}, config, str(folder.path))
     device = device or choose_device("auto")
-    computed = _evaluation_precision(precision, device)
+    computed = evaluation_precision(precision, device)
     if check_memory:
-        _require_memory(config, dataset, folder, device, batch_size, len(image_set.labels), len(entries))
-    network = _build_network(config, dataset, folder).to(memory_format=torch.channels_last).to(device)
+        require_evaluation_memory(
+            config, dataset, folder, device, batch_size, len(image_set.labels), len(entries)
+        )
+    network = network_of(config, dataset, folder).to(memory_format=torch.channels_last).to(device)
     pipeline = make_pipeline(
         image_set,
         batch_size=batch_size,
@@ -166,110 +165,6 @@ def evaluate_run(
         metrics=metrics,
         seconds=time.perf_counter() - start,
     )
-
-
-def choose_snapshots(folder: RunFolder, numbers: Sequence[int] | None) -> list[SnapshotEntry]:
-    """The manifest's entries with these numbers (None: all), in its order. Raises RunError if one lacks."""
-    entries = folder.snapshots()
-    if not entries:
-        raise RunError(
-            f"{folder.path} holds no snapshot yet: the first is saved at the end of the first cycle. "
-            "Run the training command again to go on with it"
-        )
-    if numbers is None:
-        return entries
-    available = [entry.number for entry in entries]
-    missing = sorted(set(numbers) - set(available))
-    if missing or not numbers:
-        raise RunError(
-            f"snapshots must be among the {', '.join(map(str, available))} that {folder.path} holds, "
-            f"got {', '.join(map(str, numbers)) or 'none'}"
-        )
-    return [entry for entry in entries if entry.number in numbers]
-
-
-def _load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Dataset:
-    """Never downloaded: the run was trained on data that are somewhere."""
-    if data and config["dataset"] == "digits":
-        raise ValueError(
-            f"data (--data) has no effect: the run was trained on scikit-learn's digits; got {data}"
-        )
-    try:
-        return load_dataset(
-            config["dataset"],
-            data or _data_folder(folder, config["data"]),
-            download=False,
-            validation=config["validation"],
-            train_images=config["train_images"],
-            seed=config["seed"],
-        )
-    except DataError:
-        raise
-    except ValueError as error:
-        raise _damaged_config(folder, error) from error
-
-
-def _damaged_config(folder: RunFolder, error: ValueError) -> RunError:
-    return RunError(f"{folder.path / 'config.json'} is damaged: {error}; put back a copy of it")
-
-
-def _data_folder(folder: RunFolder, data: str) -> Path:
-    """Where the run found its data; version 0.1.0 kept a relative path, of the folder that it was started in."""
-    starts = [Path(), *folder.path.resolve().parents]
-    return next((start / data for start in starts if (start / data).exists()), Path(data))
-
-
-def _choose_split(dataset: Dataset, split: str, folder: RunFolder) -> ImageSet:
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    image_set = dataset.test if split == "test" else dataset.validation
-    if image_set is None:
-        raise RunError(
-            f"the run in {folder.path} held no images out for validation: train with --validation N, "
-            "or use --split test"
-        )
-    return image_set
-
-
-def _evaluation_precision(asked: str, device: torch.device) -> Precision:
-    """What is asked for; but a CPU, which hardly computes in fp16, takes fp32 for it."""
-    if asked == "fp16" and device.type == "cpu":
-        return Precision("fp32", "a CPU hardly computes in fp16")
-    return choose_precision(asked, device)
-
-
-def _require_memory(
-    config: dict[str, Any],
-    dataset: Dataset,
-    folder: RunFolder,
-    device: torch.device,
-    batch: int,
-    images: int,
-    members: int,
-) -> None:
-    """Raise ValueError, with the figures, for what memory cannot hold."""
-    _, height, width, channels = dataset.test.images.shape
-    network = _build_network(config, dataset, folder, device="meta")
-    size = footprint(network, (channels, height, width))
-    needs = evaluation_needs(size, batch, images, len(dataset.classes), members)
-    remedy = "use a smaller --batch-size or fewer --snapshots"
-    require_memory("the evaluation", needs, free_device_memory(device), remedy)
-
-
-def _build_network(
-    config: dict[str, Any], dataset: Dataset, folder: RunFolder, device: str = "cpu"
-) -> nn.Module:
-    try:
-        return build_network(
-            config["net"],
-            classes=len(dataset.classes),
-            in_channels=dataset.test.images.shape[3],
-            shortcut=config["shortcut"],
-            operations=KERNEL_OPERATIONS,
-            device=device,
-        )
-    except ValueError as error:
-        raise _damaged_config(folder, error) from error
 
 
 @torch.inference_mode()
