@@ -199,26 +199,33 @@ def _take_over(guard: Path, own: Writer, say: Say) -> None:
         if gone is None:
             remedy += f". If it is gone, try again in {STALE_SECONDS - age:.0f} s: it was last heard of {age:.0f} s ago"
         raise RunError(f"{guard.parent} is being written by {name}; {remedy}")
-    # Renamed first: of two processes that find it stale, one moves it away; the other must not move the first one's.
-    moved = guard.with_name(f"{GUARD}.{own.token}")
+    _replace(guard, writer, own)
+    reason = "is gone" if gone else f"has not been heard of for {age:.0f} s"
+    say(f"note: {name}, which wrote here, {reason}: going on in its place")
+
+
+def _replace(guard: Path, writer: Writer | None, own: Writer) -> None:
+    """Put `own` in the place of `writer`. Raises RunError if another process does, or did, so."""
+    claim = guard.with_name(f"{GUARD}.claim")  # whoever makes it is the only one that may replace the guard
+    with contextlib.suppress(FileNotFoundError):
+        if _age(claim) > STALE_SECONDS:  # of a process that was killed within the next lines
+            claim.unlink()
+    claimed = _create(claim, own)
     try:
-        guard.rename(moved)
-        found = _read(moved)
-        moved.unlink()
-        if found != writer and found is not None:
-            _create(guard, found)
-    except FileNotFoundError:
-        pass  # the other one was faster
+        if not claimed or _read(guard) != writer:
+            raise RunError(
+                f"{guard.parent} is being written by another process, which just began; choose another --out"
+            )
+        renewed = guard.with_name(f"{GUARD}.{own.token}")
+        _create(renewed, own)
+        renewed.replace(guard)
     except OSError as error:
         raise RunError(
             f"cannot replace {guard}: {error.strerror}; try again, or choose another --out"
         ) from error
-    if not _create(guard, own):
-        raise RunError(
-            f"{guard.parent} is being written by another process, which just began; choose another --out"
-        )
-    reason = "is gone" if gone else f"has not been heard of for {age:.0f} s"
-    say(f"note: {name}, which wrote here, {reason}: going on in its place")
+    finally:
+        if claimed:
+            claim.unlink(missing_ok=True)
 
 
 def _age(guard: Path) -> float:
