@@ -225,7 +225,8 @@ def _replace(guard: Path, writer: Writer | None, own: Writer) -> None:
         ) from error
     finally:
         if claimed:
-            claim.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it will be stale
+                claim.unlink(missing_ok=True)
 
 
 def _age(guard: Path) -> float:
