@@ -84,6 +84,7 @@ setup(
         "torch>=2.9,<2.15",
         "torchvision>=0.24,<0.30",
         "numpy>=1.26,<3",
+        "pillow>=10.3,<14",
         "safetensors>=0.4.5,<1",
         "msgspec>=0.19,<1",
         "rich>=13.7,<16",

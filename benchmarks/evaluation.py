@@ -113,7 +113,6 @@ def _normalised(dataset: Dataset, device: str) -> Tensor:
         mean=dataset.mean,
         std=dataset.std,
         device=torch.device(device),
-        augment=False,
         loader="torch",
     )
     images, _ = next(iter(pipeline.epoch(0)))

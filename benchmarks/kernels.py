@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fastsnap.kernels.averaging import average_members
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.training.apex import ApexSGD
 from fastsnap.training.flat import FlatParameters
 from fastsnap.training.optim import SnapshotSGD

@@ -17,7 +17,7 @@ from scipy import stats
 from fastsnap.assembly import build_trainer
 from fastsnap.data.datasets import Dataset
 from fastsnap.ensemble.evaluate import evaluate_run
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunFolder
 from harness.measure import PROJECT, Better, Result, Settings, alternate, spread
 from harness.paced import PacedProcess

@@ -19,7 +19,8 @@ from fastsnap.device import choose_device, choose_precision, free_device_memory
 from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.limits import choose_threads, require_memory
-from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
+from fastsnap.nets.build import build_network
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.memory import (
     evaluation_needs,
@@ -68,7 +69,8 @@ def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder, *, re
 
     restart  what the folder holds is moved aside: it gives no room
     """
-    count, height, width, channels = dataset.train.images.shape
+    count = len(dataset.train.labels)
+    height, width, channels = dataset.train.shape
     if config.batch_size > count:
         raise ValueError(
             f"batch_size must be at most the {count:,} training images, got {config.batch_size:,}: use --batch-size "
@@ -78,14 +80,16 @@ def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder, *, re
         config.net,
         classes=len(dataset.classes),
         in_channels=channels,
+        image_size=(height, width),
         shortcut=config.shortcut,
+        stem_stride=config.stem_stride,
         device="meta",
     )
     size, room = (
         footprint(network, (channels, height, width)),
         free_device_memory(torch.device(config.device)),
     )
-    copied = dataset.train.images.nbytes if config.device == "cuda" else 0
+    copied = dataset.train.nbytes if config.device == "cuda" else 0
     largest = largest_batch(count, config.batch_size)
     require_training_memory(size, largest, room, half=config.precision != "fp32", copied=copied)
     evaluation = evaluation_needs(
@@ -104,6 +108,7 @@ def planned_steps(config: TrainConfig, dataset: Dataset) -> int:
 def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:
     """A trainer at step 0. `config` has no "auto" left: see `settle`."""
     device = torch.device(config.device)
+    height, width, channels = dataset.train.shape
     pipeline = make_pipeline(
         dataset.train,
         batch_size=config.batch_size,
@@ -111,8 +116,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         std=dataset.std,
         device=device,
         seed=config.seed,
-        padding=dataset.padding,
-        flip=dataset.flip,
+        augmentation=dataset.augmentation,
         loader=config.loader,
     )
     schedule = Schedule(
@@ -121,8 +125,10 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
     network = build_network(
         config.net,
         classes=len(dataset.classes),
-        in_channels=dataset.train.images.shape[3],
+        in_channels=channels,
+        image_size=(height, width),
         shortcut=config.shortcut,
+        stem_stride=config.stem_stride,
         seed=config.seed,
         # The compiler fuses what is plain PyTorch, and cannot look into a kernel.
         operations=PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS,
@@ -151,6 +157,12 @@ def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
         "images": images,
         "fingerprints": fingerprints(dataset),
         "classes": len(dataset.classes),
+        "class_names": list(dataset.classes),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "image_size": list(dataset.test.shape[:2]),
+        "channels": dataset.test.shape[2],
+        "resize": dataset.resize,
         "data_source": dataset.source,
         "versions": {
             "fastsnap": __version__,

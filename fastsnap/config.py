@@ -10,10 +10,11 @@ from typing import Any
 from fastsnap import __version__
 from fastsnap.data import datasets
 from fastsnap.data.pipeline import LOADERS
+from fastsnap.data.sources import AUGMENTATIONS
 from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS
 from fastsnap.kernels import schedule
 from fastsnap.limits import MOST_THREADS, THREADS_HELP
-from fastsnap.nets import resnet
+from fastsnap.nets import build, resnet
 from fastsnap.printing import ArgumentParser
 from fastsnap.run_folder import RUNS
 from fastsnap.training.step import COMPILE
@@ -29,6 +30,8 @@ class Recipe:
     learning_rate: float
     cycles: int = 5
     batch_size: int = 64
+    augment: str = "crop"
+    stem_stride: int = 1
 
 
 LARGEST = 2**31 - 1  # of a number that is counted with; products of two fit into 64 bits
@@ -84,6 +87,15 @@ class TrainConfig:
         choices=resnet.SHORTCUTS,
         default="A",
     )
+    stem_stride: int = _option(
+        "of the first convolution of a CIFAR network: 1, or 2 for larger images", default=RECIPE
+    )
+    augment: str = _option(
+        "training images: crop at random of a padded image; resized-crop: of 8 to 100 %% of the area, with colour "
+        "jitter and lighting; none",
+        choices=AUGMENTATIONS,
+        default=RECIPE,
+    )
     momentum: float = _option("Nesterov momentum, from 0 up to below 1; 0 is plain SGD", default=0.9)
     weight_decay: float = _option("L2 penalty per update, on all parameters", default=1e-4)
     validation: int = _option(
@@ -116,7 +128,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         datasets.check_name(self.dataset)
-        resnet.parse_name(self.net)
+        build.check_name(self.net)
         for name in ("cycles", "epochs", "batch_size", "train_images"):
             _require(self, name, f"from 1 to {LARGEST}", lambda value: 1 <= value <= LARGEST)
         _require(self, "threads", f"from 1 to {MOST_THREADS}", lambda value: 1 <= value <= MOST_THREADS)
@@ -134,6 +146,7 @@ class TrainConfig:
             lambda value: value >= 0 and _fp32(value) < math.inf,
         )
         _require(self, "validation", f"from 0 to {LARGEST}", lambda value: 0 <= value <= LARGEST)
+        _require(self, "stem_stride", "1 or 2", lambda value: value in (1, 2))
         _require(self, "seed", "from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
         for name, metadata in _metadata().items():
             if metadata["choices"] and name != "dataset" and getattr(self, name) not in metadata["choices"]:
@@ -184,11 +197,14 @@ def _require(config: TrainConfig, name: str, condition: str, holds: Any) -> None
 # Where the files lie does not change the result, and threads only its last bits, which a resumed run says. All
 # else is another run.
 FREE_FIELDS = ("data", "out", "threads")
+# What came after version 0.1.0, and what it means for a run that knows nothing of it.
+ADDED_FIELDS: dict[str, Any] = {"augment": "crop", "stem_stride": 1}
 
 
 def differences(config: TrainConfig, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields in which `config` and a run folder's config.json differ: name -> (asked for, in the folder)."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+    saved = ADDED_FIELDS | saved
     return {name: (value, saved.get(name)) for name, value in asked.items() if saved.get(name) != value}
 
 

@@ -71,6 +71,16 @@ class Config:
     threads: Count | None = None
     compile: Text | None = None
     update: Text | None = None
+    augment: Text | None = None
+    stem_stride: Count | None = None
+    class_names: list[Text] | None = None
+    mean: list[Number] | None = None  # per channel, 0 to 255
+    std: list[Rate] | None = None
+    image_size: Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)] | None = (
+        None  # height, width
+    )
+    channels: Count | None = None
+    resize: Count | None = None  # pixels of the shorter side before the centre crop; None: used as they are
     versions: dict[str, str | None] | None = None
     fingerprints: dict[str, Sha256] | None = None
 

@@ -63,6 +63,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
         validation=config.validation,
         train_images=config.train_images,
         seed=config.seed,
+        augment=config.augment,
     )
     if restart or not is_finished(folder, planned_steps(config, dataset)):
         require_room(config, dataset, folder, restart=restart)
@@ -123,7 +124,7 @@ def _print_summary(
 ) -> None:
     """config: settled; reasons: see assembly.reasons_of."""
     parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
-    size = "x".join(str(length) for length in dataset.train.images.shape[1:])
+    size = "x".join(str(length) for length in dataset.train.shape)
     device = torch.device(config.device)
     rows = {
         "data": f"{config.dataset}: {len(dataset.train.labels):,} training images {size}, {config.validation:,} held "

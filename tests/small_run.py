@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastsnap.data.datasets import Dataset, load_dataset
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunFolder
 
 NET = "resnet8"

@@ -102,7 +102,8 @@ def test_the_wheel_ships_the_kernels_as_fastsnap_kernels_and_no_package_called_k
 WITHOUT_A_COMPILER = """
 import torch
 from fastsnap import Schedule, SnapshotSGD, average_members
-from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
+from fastsnap.nets.build import build_network
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 
 def train(operations, make_optimizer):
     torch.manual_seed(0)

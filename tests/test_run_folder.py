@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from small_run import small_run
 
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.run_files import RunError, write_atomically
 from fastsnap.run_folder import DamagedSnapshot, RunFolder, newest_run
 from fastsnap.run_state import is_finished, require_snapshots, set_aside

@@ -17,7 +17,7 @@ from fastsnap.config import TrainConfig, differences, make_config
 from fastsnap.data.datasets import Dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
@@ -139,8 +139,7 @@ def batches_loop(pace: Pace, task: Task, loader: str) -> None:
             mean=dataset.mean,
             std=dataset.std,
             device=torch.device(task.device),
-            padding=dataset.padding,
-            flip=dataset.flip,
+            augmentation=dataset.augmentation,
             loader=loader,
         )
         for epoch in range(task.epochs):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
+from fastsnap.data.datasets import Dataset, load_dataset
+from fastsnap.data.sources import Augmentation, ImageSet, Source
 
 DATASET = "cifar100"
 CLASSES = 100
@@ -56,8 +57,7 @@ def synthetic_images(train: int = SYNTHETIC_IMAGES, test: int = SYNTHETIC_TEST_I
         classes=tuple(str(number) for number in range(CLASSES)),
         mean=(129.3, 124.1, 112.4),
         std=(68.2, 65.4, 70.4),
-        padding=4,
-        flip=True,
+        augmentation=Augmentation("crop", padding=4, flip=True),
         source="noise in the shape of CIFAR-100, for measuring speed",
     )
 
@@ -65,8 +65,8 @@ def synthetic_images(train: int = SYNTHETIC_IMAGES, test: int = SYNTHETIC_TEST_I
 def shortened(dataset: Dataset, *, train: int | None = None, test: int | None = None) -> Dataset:
     """`dataset` with only the first images; None keeps all."""
 
-    def first(images: ImageSet, count: int | None) -> ImageSet:
-        return ImageSet(images.images[:count], images.labels[:count])
+    def first(images: Source, count: int | None) -> Source:
+        return images.subset(np.arange(len(images.labels)) < (len(images.labels) if count is None else count))
 
     return replace(dataset, train=first(dataset.train, train), test=first(dataset.test, test))
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from harness.paced import Pace
 from harness.task import CLASSES, Task
 from opponents.loaders import make_loader

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from fastsnap.data import datasets
+from fastsnap.data.sources import ImageSet
 from harness.task import Task, load_images
 
 
@@ -17,13 +18,14 @@ class TransformedImages(Dataset):
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
+        assert isinstance(dataset.train, ImageSet)
         self.images, self.labels = dataset.train.images, dataset.train.labels.tolist()
         self.classes = dataset.classes  # torchensemble would otherwise count them in a pass over the data
         self.transform = transforms.Compose(
             [
                 transforms.RandomCrop(
                     self.images.shape[1],
-                    padding=dataset.padding,
+                    padding=dataset.augmentation.padding,
                     fill=tuple(round(value) for value in dataset.mean),
                 ),
                 transforms.RandomHorizontalFlip(),

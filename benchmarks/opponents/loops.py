@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from fastsnap.device import AUTOCAST_DTYPES, choose_precision
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from harness.paced import Pace
 from harness.task import CLASSES, Task
 from opponents.loaders import make_loader

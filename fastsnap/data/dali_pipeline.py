@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from nvidia.dali import fn
 from torch import Tensor
 
-from fastsnap.data.datasets import ImageSet
 from fastsnap.data.plan import Plan
+from fastsnap.data.sources import ImageSet
 
 PREFETCH = 2  # batches that DALI prepares while the step runs
 THREADS = 1  # the CPU's cores belong to the training step, and a GPU needs the host only for the gather
@@ -54,7 +54,7 @@ class DaliPipeline:
         """See plan.Pipeline."""
         for step in self._plan.steps(first_step):
             # Unaugmented epochs are all the same, so going from one to any other is not a jump.
-            images = self._fetch((epoch if self._plan.augment else 0, step))
+            images = self._fetch((epoch if self._plan.training else 0, step))
             indices = torch.from_numpy(self._plan.batch(epoch, step).indices)
             yield images, self._labels.index_select(0, indices.to(self._device, non_blocking=True))
 
@@ -67,16 +67,16 @@ class DaliPipeline:
             prefetch_queue_depth=PREFETCH,
             exec_dynamic=True,  # outputs own their memory
         )
-        augment = self._plan.augment
-        layout = ["HWC", "", ""] if augment else ["HWC"]
+        training = self._plan.training
+        layout = ["HWC", "", ""] if training else ["HWC"]
         with pipe:
             images, *draws = fn.external_source(
                 self._next_batch, num_outputs=len(layout), layout=layout, batch_info=True
             )
             images = images.gpu() if on_gpu else images
-            flips = draws[1] if augment else 0
+            flips = draws[1] if training else 0
             images = fn.crop_mirror_normalize(images, mean=mean, std=std, mirror=flips, output_layout="HWC")
-            if augment:
+            if training:
                 size = list(self._images.shape[1:3])
                 images = fn.slice(images, start=draws[0], shape=size, axes=[0, 1], out_of_bounds_policy="pad")
             pipe.set_outputs(images)
@@ -87,10 +87,10 @@ class DaliPipeline:
         """What DALI prepares next, called within `run`; the cursor goes on from epoch to epoch."""
         epoch, step = self._cursor
         self._in_flight.append(self._cursor)
-        following = epoch + 1 if self._plan.augment else 0
+        following = epoch + 1 if self._plan.training else 0
         self._cursor = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (following, 0)
         indices, offsets, flips = self._plan.batch(epoch, step)
-        if not self._plan.augment:
+        if not self._plan.training:
             return (self._images[indices],)
         return self._images[indices], (offsets - self._plan.padding).astype(np.int32), flips.astype(np.int32)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fastsnap.data.archives import DataError, as_array, as_texts, read_idx, read_pickle
 from fastsnap.data.downloads import locate
 from fastsnap.data.draws import FIXED_SPLIT, HELD_OUT, KEPT, shuffled
+from fastsnap.data.sources import Augmentation, ImageSet, Source, augmentation_of
 from fastsnap.limits import free_memory, require_memory
 
 DATASETS = ("cifar10", "cifar100", "digits", "fashion-mnist")
@@ -39,27 +40,21 @@ FASHION_MNIST_CLASSES = (
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """Images uint8 [N, H, W, C], C-contiguous, and their labels int64 [N]."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
 class Dataset:
     """A data set, and how the field trains on it."""
 
     name: str
-    train: ImageSet
-    validation: ImageSet | None  # held out of the training images
-    test: ImageSet
+    train: Source
+    validation: Source | None  # held out of the training images
+    test: Source
     classes: tuple[str, ...]
     mean: tuple[float, ...]  # per channel, 0 to 255
     std: tuple[float, ...]
-    padding: int  # pixels of zero padding before the random crop
-    flip: bool  # whether mirror images keep their class
+    augmentation: Augmentation  # of the training images
     source: str  # for the log: where the files came from, and whether their published checksums hold
+    resize: int | None = (
+        None  # pixels of a test image's shorter side before its centre crop; None: used as it is
+    )
 
 
 def check_name(name: str) -> None:
@@ -77,12 +72,14 @@ def load_dataset(
     validation: int = 0,
     train_images: int | None = None,
     seed: int = 0,
+    augment: str | None = None,
     download: bool = True,
 ) -> Dataset:
     """The data set `name`, from `folder`, downloaded if it is not there.
 
     validation    training images to hold out, stratified by class, chosen by the seed
     train_images  how many of the others to keep, likewise; None keeps all
+    augment       kind of augmentation, see sources.Augmentation; None: as the field trains on this data set
 
     Raises ValueError for an unknown name, for numbers that do not fit and for images that memory cannot hold,
     and DataError, which is one, for
@@ -98,6 +95,7 @@ def load_dataset(
         whole = _fashion_mnist(Path(folder), download)
     else:
         whole = _cifar(name, Path(folder), download)
+    whole = replace(whole, augmentation=augmentation_of(augment, whole.augmentation))
     return _split(whole, validation, train_images, seed)
 
 
@@ -115,8 +113,7 @@ def _cifar(name: str, folder: Path, download: bool) -> Dataset:
         classes=classes,
         mean=(125.3, 123.0, 113.9) if ten else (129.3, 124.1, 112.4),
         std=(63.0, 62.1, 66.7) if ten else (68.2, 65.4, 70.4),
-        padding=4,
-        flip=True,
+        augmentation=Augmentation("crop", padding=4, flip=True),
         source=source,
     )
 
@@ -177,8 +174,7 @@ def _fashion_mnist(folder: Path, download: bool) -> Dataset:
         classes=FASHION_MNIST_CLASSES,
         mean=(72.94,),
         std=(90.02,),
-        padding=4,
-        flip=True,
+        augmentation=Augmentation("crop", padding=4, flip=True),
         source=source,
     )
 
@@ -194,14 +190,13 @@ def _digits() -> Dataset:
     whole = ImageSet(images, bunch.target.astype(np.int64))
     return Dataset(
         name="digits",
-        train=_subset(whole, ~test),
+        train=whole.subset(~test),
         validation=None,
-        test=_subset(whole, test),
+        test=whole.subset(test),
         classes=tuple(str(name) for name in bunch.target_names),
         mean=(77.87,),
         std=(95.87,),
-        padding=1,
-        flip=False,
+        augmentation=Augmentation("crop", padding=1),
         source="scikit-learn's digits, from its package; the split is this project's own and fixed",
     )
 
@@ -213,12 +208,12 @@ def _split(whole: Dataset, validation: int, train_images: int | None, seed: int)
     if validation != 0:
         _check_count("validation", validation, classes, len(whole.train.labels) - classes)
         chosen = stratified(whole.train.labels, validation, seed, HELD_OUT)
-        held_out = _subset(whole.train, chosen)
-        whole = replace(whole, train=_subset(whole.train, ~chosen), validation=held_out)
+        held_out = whole.train.subset(chosen)
+        whole = replace(whole, train=whole.train.subset(~chosen), validation=held_out)
     if train_images is not None:
         _check_count("train_images", train_images, classes, len(whole.train.labels))
         chosen = stratified(whole.train.labels, train_images, seed, KEPT)
-        whole = replace(whole, train=_subset(whole.train, chosen))
+        whole = replace(whole, train=whole.train.subset(chosen))
     return whole
 
 
@@ -228,10 +223,6 @@ def _check_count(argument: str, value: int, least: int, most: int) -> None:
             f"{argument} must be between {least} (an image of every class) and {most}, got {value}: "
             "choose a number in this range, or leave the argument out"
         )
-
-
-def _subset(images: ImageSet, chosen: NDArray[np.bool_]) -> ImageSet:
-    return ImageSet(images.images[chosen], images.labels[chosen])
 
 
 def stratified(labels: NDArray[np.int64], count: int, seed: int, purpose: int) -> NDArray[np.bool_]:

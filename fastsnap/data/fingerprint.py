@@ -5,23 +5,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastsnap.data.archives import DataError
-from fastsnap.data.datasets import Dataset, ImageSet
+from fastsnap.data.datasets import Dataset
+from fastsnap.data.sources import ImageSet, Source
 
 NAMES = {"train": "training", "validation": "validation", "test": "test"}  # of the splits, in messages
 
 
-def image_sets(dataset: Dataset) -> dict[str, ImageSet]:
+def image_sets(dataset: Dataset) -> dict[str, Source]:
     """The splits that there are, by the names that they have in config.json."""
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     return {name: split for name, split in splits.items() if split is not None}
 
 
-def fingerprint(images: ImageSet) -> str:
-    """SHA-256 of shapes, images and labels in their order, in hexadecimal."""
+def fingerprint(source: Source) -> str:
+    """SHA-256, in hexadecimal, of shapes, images and labels in their order; of files, their names, sizes and labels."""
     digest = hashlib.sha256()
-    for array in (images.images, images.labels):
+    if isinstance(source, ImageSet):
+        arrays: list[NDArray[Any]] = [source.images, source.labels]
+    else:
+        arrays = [source.stamps[:, 0], source.sizes, source.labels]
+        for name in source.names:
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    for array in arrays:
         little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         digest.update(f"{little.dtype.str}{little.shape}".encode())
         digest.update(little.reshape(-1).view(np.uint8).data)
@@ -33,7 +41,7 @@ def fingerprints(dataset: Dataset) -> dict[str, str]:
     return {name: fingerprint(split) for name, split in image_sets(dataset).items()}
 
 
-def require_same_images(splits: Mapping[str, ImageSet], config: Mapping[str, Any], run: str) -> None:
+def require_same_images(splits: Mapping[str, Source], config: Mapping[str, Any], run: str) -> None:
     """Raise DataError, which names the splits, if images or labels are not those that `run` had.
 
     config  config.json of the run; old ones have no fingerprints, and anything goes

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastsnap.data.datasets import ImageSet
 from fastsnap.data.plan import Pipeline, Plan
+from fastsnap.data.sources import Augmentation, FileSet, ImageSet, Source
 from fastsnap.data.torch_pipeline import TorchPipeline
 
 LOADERS = ("auto", "dali", "torch")
@@ -37,29 +37,28 @@ def choose_loader(loader: str, device: torch.device) -> str:
 
 
 def make_pipeline(
-    images: ImageSet,
+    images: Source,
     *,
     batch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
     seed: int = 0,
-    augment: bool = True,
-    padding: int = 4,
-    flip: bool = True,
+    augmentation: Augmentation | None = None,
     loader: str = "auto",
 ) -> Pipeline:
     """The pipeline over `images` that `loader` asks for.
 
-    mean, std  per channel, in the images' units (0 to 255)
-    augment    False gives the images in their order, only normalised (evaluation)
-    padding    pixels of zero padding on each side before the random crop
-    loader     see choose_loader
+    mean, std     per channel, in the images' units (0 to 255)
+    augmentation  of training; None gives the images in their order, only normalised (evaluation)
+    loader        see choose_loader
 
     Raises ValueError for arguments that do not fit the images, and for "dali" without DALI.
     """
-    _check(images, batch_size, mean, std, padding)
-    plan = Plan(len(images.labels), batch_size, seed, augment, padding, flip)
+    if isinstance(images, FileSet):
+        raise NotImplementedError("streaming files")
+    _check(images, batch_size, mean, std, augmentation.padding if augmentation else 0)
+    plan = Plan(len(images.labels), batch_size, seed, augmentation)
     if choose_loader(loader, device) == "torch":
         return TorchPipeline(images, plan, mean, std, device)
     from fastsnap.data.dali_pipeline import DaliPipeline  # here, since DALI need not be installed

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsnap.data.draws import crops_and_flips, permutation
+from fastsnap.data.sources import Augmentation
 
 # Fewest images of a training batch, unless smaller ones are asked for. A tenth of BatchNorm's running statistics comes
 # from the last batch before a snapshot is saved, so a few images there spoil it: measured in CHANGELOG.md.
@@ -62,18 +63,19 @@ def largest_batch(count: int, batch_size: int) -> int:
 class Plan:
     """Which images each batch holds and how they are augmented: a function of (seed, epoch, step).
 
-    Without augmentation (evaluation) every epoch is the same: the images in their order, unflipped and uncropped, and
+    `augmentation` None is evaluation: every epoch is the same: the images in their order, unflipped and uncropped, and
     the last batch holds what remains, however few. `largest_batch` is the number of images of the largest.
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, augment: bool, padding: int, flip: bool
+        self, count: int, batch_size: int, seed: int = 0, augmentation: Augmentation | None = None
     ) -> None:
-        self.count, self.batch_size = count, batch_size
-        self.augment, self.padding = augment, padding if augment else 0
-        self.steps_per_epoch = training_steps(count, batch_size) if augment else -(-count // batch_size)
-        self.largest_batch = largest_batch(count, batch_size) if augment else min(count, batch_size)
-        self._seed, self._flip = seed, flip
+        self.count, self.batch_size, self.augmentation = count, batch_size, augmentation
+        self.training = training = augmentation is not None
+        self.padding = augmentation.padding if augmentation else 0
+        self.steps_per_epoch = training_steps(count, batch_size) if training else -(-count // batch_size)
+        self.largest_batch = largest_batch(count, batch_size) if training else min(count, batch_size)
+        self._seed = seed
         # Two epochs are in use at once while the next one is prefetched.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -87,13 +89,13 @@ class Plan:
         """The draws of batch `step` of `epoch`."""
         last = step == self.steps_per_epoch - 1
         part = slice(step * self.batch_size, None if last else (step + 1) * self.batch_size)
-        indices, offsets, flips = self._epoch(epoch if self.augment else 0)
+        indices, offsets, flips = self._epoch(epoch if self.training else 0)
         return Batch(indices[part], offsets[part], flips[part])
 
     def _draw_epoch(self, epoch: int) -> Batch:
-        if not self.augment:
+        if self.augmentation is None:
             count = self.count
             return Batch(np.arange(count), np.zeros((count, 2), np.int64), np.zeros(count, bool))
         order = permutation(self._seed, epoch, self.count)
-        offsets, flips = crops_and_flips(self._seed, epoch, self.count, self.padding, self._flip)
+        offsets, flips = crops_and_flips(self._seed, epoch, self.count, self.padding, self.augmentation.flip)
         return Batch(order, offsets[order], flips[order])

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsnap.data.datasets import ImageSet
 from fastsnap.data.plan import Batch, Plan
+from fastsnap.data.sources import ImageSet
 
 
 class TorchPipeline:
@@ -46,7 +46,7 @@ class TorchPipeline:
         """See plan.Pipeline."""
         for step in self._plan.steps(first_step):
             batch = self._plan.batch(epoch, step)
-            images = self._augmented(batch) if self._plan.augment else self._normalised(batch.indices)
+            images = self._augmented(batch) if self._plan.training else self._normalised(batch.indices)
             yield images.permute(0, 3, 1, 2), self._labels.index_select(0, self._send(batch.indices))
 
     def _send(self, array: NDArray[np.int64]) -> Tensor:

@@ -138,7 +138,6 @@ def evaluate_run(
         mean=dataset.mean,
         std=dataset.std,
         device=device,
-        augment=False,
     )
     start = time.perf_counter()
     labels_N = torch.from_numpy(image_set.labels).to(device)

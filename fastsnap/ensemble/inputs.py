@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from fastsnap.data.archives import DataError
-from fastsnap.data.datasets import Dataset, ImageSet, load_dataset
+from fastsnap.data.datasets import Dataset, load_dataset
+from fastsnap.data.sources import Source
 from fastsnap.device import Precision, choose_precision, free_device_memory
-from fastsnap.nets.resnet import KERNEL_OPERATIONS, build_network
+from fastsnap.nets.build import build_network
+from fastsnap.nets.resnet import KERNEL_OPERATIONS
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_schema import SnapshotEntry
 from fastsnap.training.memory import evaluation_needs, footprint, require_memory
@@ -52,6 +54,7 @@ def load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Da
             validation=config["validation"],
             train_images=config["train_images"],
             seed=config["seed"],
+            augment=config.get("augment"),
         )
     except DataError:
         raise
@@ -69,7 +72,7 @@ def _data_folder(folder: RunFolder, data: str) -> Path:
     return next((start / data for start in starts if (start / data).exists()), Path(data))
 
 
-def choose_split(dataset: Dataset, split: str, folder: RunFolder) -> ImageSet:
+def choose_split(dataset: Dataset, split: str, folder: RunFolder) -> Source:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     image_set = dataset.test if split == "test" else dataset.validation
@@ -98,7 +101,7 @@ def require_evaluation_memory(
     members: int,
 ) -> None:
     """Raise ValueError, with the figures, for what memory cannot hold."""
-    _, height, width, channels = dataset.test.images.shape
+    height, width, channels = dataset.test.shape
     network = network_of(config, dataset, folder, device="meta")
     size = footprint(network, (channels, height, width))
     needs = evaluation_needs(size, batch, images, len(dataset.classes), members)
@@ -107,12 +110,15 @@ def require_evaluation_memory(
 
 
 def network_of(config: dict[str, Any], dataset: Dataset, folder: RunFolder, device: str = "cpu") -> nn.Module:
+    height, width, channels = dataset.test.shape
     try:
         return build_network(
             config["net"],
             classes=len(dataset.classes),
-            in_channels=dataset.test.images.shape[3],
+            in_channels=channels,
+            image_size=(height, width),
             shortcut=config["shortcut"],
+            stem_stride=config.get("stem_stride") or 1,
             operations=KERNEL_OPERATIONS,
             device=device,
         )

@@ -119,11 +119,12 @@ class ResNet(nn.Module):
         classes: int,
         in_channels: int,
         shortcut: str,
+        stem_stride: int,
         operations: Operations,
     ) -> None:
         super().__init__()
         self.operations = operations
-        self.conv1 = _convolution(in_channels, STEM_CHANNELS, 3, 1)
+        self.conv1 = _convolution(in_channels, STEM_CHANNELS, 3, stem_stride)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS, **FP32)
         channels = STEM_CHANNELS
         stages = []
@@ -154,6 +155,7 @@ def build_network(
     classes: int,
     in_channels: int = 3,
     shortcut: str = "A",
+    stem_stride: int = 1,
     seed: int = 0,
     operations: Operations = PLAIN_OPERATIONS,
     device: str = "cpu",
@@ -165,6 +167,7 @@ def build_network(
     in_channels  1 to 3
     shortcut     "A": strided identity and zero-padded channels; "B": 1x1 convolution + BN where the shape changes;
                  "C": 1x1 convolution + BN everywhere
+    stem_stride  of the first convolution: 1, or 2 for images of 64 pixels (the authors' Tiny ImageNet)
     operations   PLAIN_OPERATIONS or KERNEL_OPERATIONS, which on a CPU trains faster
     device       "cpu", or "meta": shapes without memory, to see what the network would need
     Raises ValueError for other values.
@@ -174,6 +177,8 @@ def build_network(
         raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
     if not 1 <= in_channels <= 3:
         raise ValueError(f"in_channels must be 1, 2 or 3, got {in_channels}")
+    if stem_stride not in (1, 2):
+        raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride}")
     if classes < 1:
         raise ValueError(f"classes must be at least 1, got {classes}")
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -184,5 +189,6 @@ def build_network(
             classes=classes,
             in_channels=in_channels,
             shortcut=shortcut,
+            stem_stride=stem_stride,
             operations=operations,
         )

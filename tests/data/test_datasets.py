@@ -24,6 +24,7 @@ from fastsnap.data import datasets
 from fastsnap.data.archives import DataError, as_array, as_texts, read_idx, read_pickle
 from fastsnap.data.datasets import DATASETS, load_dataset
 from fastsnap.data.downloads import PUBLICATIONS, locate
+from fastsnap.data.sources import Augmentation
 from fastsnap.limits import Room
 
 LARGEST = 10**6
@@ -100,7 +101,7 @@ def test_cifar_is_read_from_torchvisions_layout(cifar, itself):
     assert data.train.images[0, 1, 0].tolist() == [0, 1, 2]
     assert data.test.labels[123] == 123 % len(data.classes)
     assert data.classes[3] == "class 3"
-    assert (data.padding, data.flip, data.validation) == (4, True, None)
+    assert (data.augmentation, data.validation) == (Augmentation("crop", padding=4, flip=True), None)
     assert "not the published files" in data.source
 
 
@@ -399,7 +400,7 @@ def test_digits_need_no_files_and_their_split_is_fixed():
     assert set(np.bincount(data.test.labels)) <= {35, 36, 37}
     assert data.train.images.mean() == pytest.approx(data.mean[0], rel=0.005)
     assert data.train.images.std() == pytest.approx(data.std[0], rel=0.005)
-    assert not data.flip
+    assert data.augmentation == Augmentation("crop", padding=1)
 
 
 def as_rows(*sets):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fastsnap.data.archives import DataError
-from fastsnap.data.datasets import ImageSet, load_dataset
+from fastsnap.data.datasets import load_dataset
 from fastsnap.data.fingerprint import fingerprint, fingerprints, image_sets, require_same_images
+from fastsnap.data.sources import ImageSet
 
 DIGITS = load_dataset("digits", validation=100)
 SAVED = {"fingerprints": fingerprints(DIGITS)}

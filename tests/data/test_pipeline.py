@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastsnap.data.datasets import ImageSet
 from fastsnap.data.draws import crops_and_flips, permutation
 from fastsnap.data.pipeline import choose_loader, make_pipeline
 from fastsnap.data.plan import training_steps
+from fastsnap.data.sources import Augmentation, ImageSet
 
 CPU = torch.device("cpu")
+USUAL = Augmentation("crop", padding=4, flip=True)
 MEAN, STD = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
 
 
@@ -37,9 +38,8 @@ def numbered_images(count):
 
 def make(images, loader, device=CPU, **arguments):
     channels = images.images.shape[3]
-    return make_pipeline(
-        images, mean=MEAN[:channels], std=STD[:channels], device=device, loader=loader, **arguments
-    )
+    usual = {"mean": MEAN[:channels], "std": STD[:channels], "augmentation": USUAL}
+    return make_pipeline(images, device=device, loader=loader, **usual | arguments)
 
 
 def reference(images, seed, epoch, padding, flip):
@@ -67,7 +67,9 @@ def joined(batches):
 @pytest.mark.parametrize(("padding", "flip", "batch_size"), [(4, True, 16), (1, False, 7), (0, True, 100)])
 def test_batches_follow_the_definition_exactly(loader, shape, padding, flip, batch_size):
     images = random_images(37, *shape)
-    pipeline = make(images, loader, batch_size=batch_size, seed=5, padding=padding, flip=flip)
+    pipeline = make(
+        images, loader, batch_size=batch_size, seed=5, augmentation=Augmentation("crop", padding, flip)
+    )
     for epoch in (0, 3):
         batches = list(pipeline.epoch(epoch))
         assert len(batches) == pipeline.steps_per_epoch == training_steps(37, batch_size)
@@ -84,13 +86,17 @@ def test_batches_follow_the_definition_exactly(loader, shape, padding, flip, bat
 def test_padding_has_the_mean_colour(loader):
     """A black image is far from the mean, so its zeros are padding: (9 - |shift|) rows and columns remain."""
     images = ImageSet(np.zeros((50, 9, 9, 1), np.uint8), np.zeros(50, np.int64))
-    pixels, _ = joined(make(images, loader, batch_size=50, padding=2).epoch(0))
+    pixels, _ = joined(
+        make(images, loader, batch_size=50, augmentation=Augmentation("crop", 2, flip=True)).epoch(0)
+    )
     shifts = np.abs(crops_and_flips(0, 0, 50, 2, True)[0] - 2)[permutation(0, 0, 50)]
     assert np.array_equal((pixels != 0).sum(axis=(1, 2, 3)), np.prod(9 - shifts, axis=1))
 
 
 def test_every_image_comes_once_with_its_label(loader):
-    pipeline = make(numbered_images(53), loader, batch_size=10, padding=0)
+    pipeline = make(
+        numbered_images(53), loader, batch_size=10, augmentation=Augmentation("crop", 0, flip=True)
+    )
     sizes = []
     seen = []
     for pixels, labels in pipeline.epoch(2):
@@ -114,7 +120,7 @@ def test_the_batch_size_changes_no_image(loader, batch_size):
 
 def test_evaluation_keeps_order_and_images(loader):
     images = random_images(21, channels=3)
-    pipeline = make(images, loader, batch_size=8, augment=False)
+    pipeline = make(images, loader, batch_size=8, augmentation=None)
     expected = (images.images.astype(np.float32) - np.float32(MEAN)) * (1 / np.float32(STD))
     for epoch in (0, 0, 5):
         pixels, labels = joined(pipeline.epoch(epoch))
@@ -181,7 +187,7 @@ def test_first_step_out_of_range_is_an_error(loader, first_step):
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
-        ({"padding": -1}, "padding must be at least 0 pixels, got -1"),
+        ({"augmentation": Augmentation("crop", padding=-1)}, "padding must be at least 0 pixels, got -1"),
         ({"mean": (1.0, 2.0)}, "one value for each of the 1 channels"),
         ({"std": (0.0,)}, "std above 0"),
         ({"loader": "dalli"}, "one of auto, dali, torch, got 'dalli'"),
@@ -193,6 +199,7 @@ def test_first_step_out_of_range_is_an_error(loader, first_step):
 )
 def test_arguments_that_do_not_fit_are_errors(arguments, message):
     usual = {"images": random_images(3), "batch_size": 2, "mean": (1.0,), "std": (1.0,), "device": CPU}
+    usual["augmentation"] = USUAL
     images, *_ = (usual | arguments).values()
     rest = {name: value for name, value in (usual | arguments).items() if name != "images"}
     with pytest.raises(ValueError, match=message):
@@ -228,7 +235,7 @@ def test_pipelines_on_the_gpu_give_the_batches_of_the_cpu(loader):
 
 def test_other_defaults_of_torch_change_nothing():
     images = random_images(7, channels=3)
-    options = {"loader": "torch", "batch_size": 3, "seed": 1, "augment": True}
+    options = {"loader": "torch", "batch_size": 3, "seed": 1}
     expected = list(make(images, **options).epoch(0))
     before = torch.get_default_dtype()
     try:

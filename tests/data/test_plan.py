@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsnap.data.plan import LEAST_BATCH, Plan, training_steps
+from fastsnap.data.sources import Augmentation
 
 
 def make(count: int, batch_size: int, augment: bool = True) -> Plan:
-    return Plan(count, batch_size, seed=1, augment=augment, padding=2, flip=True)
+    return Plan(count, batch_size, 1, Augmentation("crop", padding=2, flip=True) if augment else None)
 
 
 def sizes(plan: Plan) -> list[int]:

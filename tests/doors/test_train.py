@@ -18,7 +18,7 @@ from rich.console import Console
 from fastsnap import __version__, assembly, ensemble_eval, limits, train
 from fastsnap.config import make_config
 from fastsnap.data.datasets import load_dataset
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.trainer import TrainingDiverged
@@ -56,6 +56,10 @@ def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
         0.1,
     )
     assert config["versions"]["torch"] == torch.__version__
+    # What its networks need of the data set.
+    assert config["class_names"] == [str(number) for number in range(10)]
+    assert (config["mean"], config["std"]) == ([77.87], [95.87])
+    assert (config["image_size"], config["channels"], config["resize"]) == ([8, 8], 1, None)
 
 
 def test_metrics_have_a_line_per_epoch(finished: Path) -> None:
@@ -126,6 +130,19 @@ def test_the_summary_says_why_it_takes_so_many_threads(
     finally:
         torch.set_num_threads(threads)
     assert "threads   1 (the container's quota of 1 cores)" in capsys.readouterr().out
+
+
+def test_a_run_from_before_a_field_was_added_goes_on(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    config = RunFolder(run).config()
+    old = {name: value for name, value in config.items() if name not in ("augment", "stem_stride")}
+    RunFolder(run).write_json("config.json", old | {"out": str(run)})
+    assert train.main([*SMALL, "--out", str(run)]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert train.main([*SMALL, "--out", str(run), "--augment", "none"]) == 2
+    assert "augment: none asked for, crop there" in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused_by_field(

@@ -15,7 +15,7 @@ from fastsnap.config import make_config
 from fastsnap.data.datasets import load_dataset
 from fastsnap.ensemble.report import report_run
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.optim import SnapshotSGD
 from fastsnap.training.progress import ProgressDisplay, Status

@@ -8,12 +8,12 @@ import safetensors.torch
 import torch
 from small_run import NET, small_dataset, small_run
 
-from fastsnap.data.datasets import ImageSet
 from fastsnap.data.pipeline import make_pipeline
+from fastsnap.data.sources import ImageSet
 from fastsnap.device import choose_precision
 from fastsnap.ensemble.evaluate import evaluate_run, fill_member_logits
 from fastsnap.ensemble.metrics import measure_members
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunError, RunFolder
 
 CPU = torch.device("cpu")
@@ -67,7 +67,6 @@ def test_each_member_is_forwarded_once(tmp_path):
         mean=dataset.mean,
         std=dataset.std,
         device=CPU,
-        augment=False,
         loader="torch",
     )
     logits = torch.full((3, 360, 10), torch.nan)

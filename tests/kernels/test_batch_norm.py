@@ -16,7 +16,8 @@ from hypothesis import given
 from torch import Tensor, nn
 
 from fastsnap.kernels.batch_norm import fused_batch_norm_relu, is_fusible, reference_batch_norm_relu
-from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
+from fastsnap.nets.build import build_network
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 
 
 @pytest.mark.needs_library

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastsnap.kernels import convolution_cpu
 from fastsnap.kernels.convolution import fast_convolution, is_supported, reference_convolution
 from fastsnap.kernels.convolution_cpu import has_instructions
-from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
+from fastsnap.nets.build import build_network
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 
 needs_instructions = pytest.mark.skipif(
     not has_instructions(), reason="no C++ kernels, or a CPU without AVX512-BF16"

@@ -13,7 +13,8 @@ from torch.nn import functional
 from fastsnap.kernels import winograd_cpu
 from fastsnap.kernels.convolution import fast_convolution, is_winograd_supported, reference_convolution
 from fastsnap.kernels.cpu import INSTRUCTION_SETS, is_built, using_instructions
-from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS, build_network
+from fastsnap.nets.build import build_network
+from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 
 AVX2, AVX512 = 1, 2
 BEST = winograd_cpu.instructions() if is_built() else 0

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastsnap.nets.resnet import build_network, parse_name
+from fastsnap.nets.build import build_network
+from fastsnap.nets.resnet import parse_name
 
 
 def parameter_count(name: str, **options) -> int:

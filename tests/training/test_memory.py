@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastsnap.limits import Room
-from fastsnap.nets.resnet import build_network
+from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.memory import (
     Footprint,

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fastsnap.data.datasets import ImageSet
+from fastsnap.data.sources import ImageSet
 from harness.task import synthetic_images
 from opponents.loaders import TransformedImages
 
