@@ -90,11 +90,12 @@ setup(
         "rich>=13.7,<16",
         "matplotlib>=3.8,<4",
         "scikit-learn>=1.4,<2",
+        "scipy>=1.11,<2",
     ],
     extras_require={
         # The wheel must match torch's CUDA; without one, the PyTorch pipeline gives the same batches.
         "dali": ["nvidia-dali-cuda130>=1.52,<3; platform_system == 'Linux'"],
-        "bench": ["scipy>=1.11,<2"],
+        "bench": [],
         "test": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",

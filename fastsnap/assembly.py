@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from fastsnap import __version__
 from fastsnap.config import TrainConfig
-from fastsnap.data.datasets import Dataset
+from fastsnap.data.datasets import load_dataset
 from fastsnap.data.fingerprint import fingerprints
+from fastsnap.data.pictures import Wishes
 from fastsnap.data.pipeline import choose_loader, make_pipeline
 from fastsnap.data.plan import largest_batch, training_steps
+from fastsnap.data.sources import Dataset
 from fastsnap.device import choose_device, choose_precision, free_device_memory
 from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.limits import choose_threads, require_memory
+from fastsnap.limits import choose_threads, parse_bytes, require_memory, usual_budget
 from fastsnap.nets.build import build_network
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 from fastsnap.run_folder import RunFolder
@@ -28,6 +31,7 @@ from fastsnap.training.memory import (
     require_disk,
     require_training_memory,
 )
+from fastsnap.training.progress import LoadingDisplay
 from fastsnap.training.step import TrainStep, choose_compile
 from fastsnap.training.trainer import Trainer
 from fastsnap.training.updates import build_optimizer
@@ -40,6 +44,7 @@ def settle(config: TrainConfig) -> TrainConfig:
         config,
         device=device.type,
         data=os.path.abspath(config.data),  # the run is evaluated from other folders too
+        cache=config.cache and os.path.abspath(config.cache),
         precision=choose_precision(config.precision, device).name,
         compile=choose_compile(config.compile, device),
         loader=choose_loader(config.loader, device),
@@ -62,6 +67,34 @@ def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     """
     begun = saved.get("precision")
     return dataclasses.replace(config, precision=begun) if config.precision == "auto" and begun else config
+
+
+def load_data(config: TrainConfig, saved: dict[str, Any], console: Console) -> Dataset:
+    """The data set of a settled configuration; what is found in a folder of pictures is said on `console`.
+
+    saved  config.json of the run that is there, if any: it goes on with the kind of storage that it began with
+    Raises ValueError for what cannot be trained on.
+    """
+    with LoadingDisplay(console) as display:
+        wishes = Wishes(
+            image_size=config.image_size,
+            storage=saved.get("storage"),
+            memory=usual_budget() if config.memory is None else parse_bytes(config.memory),
+            cache=config.cache,
+            skip_damaged=config.skip_damaged,
+            threads=config.threads or 1,
+            say=display.message,
+            on_progress=display.show,
+        )
+        return load_dataset(
+            config.dataset,
+            config.data,
+            validation=config.validation,
+            train_images=config.train_images,
+            seed=config.seed,
+            augment=config.augment,
+            wishes=wishes,
+        )
 
 
 def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder, *, restart: bool = False) -> None:
@@ -160,9 +193,9 @@ def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
         "class_names": list(dataset.classes),
         "mean": list(dataset.mean),
         "std": list(dataset.std),
-        "image_size": list(dataset.test.shape[:2]),
-        "channels": dataset.test.shape[2],
+        "image_shape": list(dataset.test.shape),
         "resize": dataset.resize,
+        "storage": dataset.storage,
         "data_source": dataset.source,
         "versions": {
             "fastsnap": __version__,

@@ -3,7 +3,10 @@
 import argparse
 import dataclasses
 import math
+import os
+import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +16,7 @@ from fastsnap.data.pipeline import LOADERS
 from fastsnap.data.sources import AUGMENTATIONS
 from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS
 from fastsnap.kernels import schedule
-from fastsnap.limits import MOST_THREADS, THREADS_HELP
+from fastsnap.limits import MOST_THREADS, THREADS_HELP, parse_bytes
 from fastsnap.nets import build, resnet
 from fastsnap.printing import ArgumentParser
 from fastsnap.run_folder import RUNS
@@ -32,6 +35,8 @@ class Recipe:
     batch_size: int = 64
     augment: str = "crop"
     stem_stride: int = 1
+    validation: int = 0
+    image_size: int | None = None
 
 
 LARGEST = 2**31 - 1  # of a number that is counted with; products of two fit into 64 bits
@@ -42,6 +47,14 @@ RECIPES = {
     "cifar10": Recipe("resnet110", epochs=200, learning_rate=0.2),
     "cifar100": Recipe("resnet110", epochs=200, learning_rate=0.2),
     "fashion-mnist": Recipe("resnet20", epochs=50, learning_rate=0.1),
+    # The paper's, with the better of its two rates for ResNet-110 on each.
+    "svhn": Recipe("resnet110", epochs=40, learning_rate=0.1, augment="none", validation=6000),
+    "tiny-imagenet": Recipe("resnet110", epochs=150, learning_rate=0.2, cycles=6, stem_stride=2),
+    # The authors' code's: ResNet-50, random resized crops, M = 2.
+    "imagenet": Recipe(
+        *("torchvision:resnet50", 90, 0.1), cycles=2, batch_size=256, augment="resized-crop", image_size=224
+    ),
+    "folder": Recipe("torchvision:resnet18", epochs=60, learning_rate=0.1, augment="resized-crop"),
     # Small enough for a first try: about a minute on two CPU cores.
     "digits": Recipe("resnet20", epochs=60, learning_rate=0.1),
 }
@@ -99,10 +112,27 @@ class TrainConfig:
     momentum: float = _option("Nesterov momentum, from 0 up to below 1; 0 is plain SGD", default=0.9)
     weight_decay: float = _option("L2 penalty per update, on all parameters", default=1e-4)
     validation: int = _option(
-        "training images to hold out, stratified by class, for --split validation", default=0
+        "training images to hold out, stratified by class, for --split validation", default=RECIPE
     )
     train_images: int | None = _option(
         "training images to keep, stratified by class (default: all)", default=None
+    )
+    image_size: int | None = _option(
+        "pixels of the side of the square that pictures are brought to (default: the median shorter side, at most "
+        "224; imagenet: 224)",
+        default=RECIPE,
+    )
+    skip_damaged: bool = _option(
+        "leave out pictures that cannot be decoded, instead of an error", default=False
+    )
+    memory: str | None = _option(
+        "most that decoded pictures may take, such as 8GB; above it they are decoded while training "
+        "(default: a quarter of the machine's)",
+        default=None,
+    )
+    cache: str | None = _option(
+        "folder that keeps decoded pictures (default: fastsnap in XDG_CACHE_HOME, else in ~/.cache)",
+        default=None,
     )
     device: str = _option("where to train; auto: CUDA if there is one", choices=DEVICES, default="auto")
     precision: str = _option(
@@ -147,12 +177,23 @@ class TrainConfig:
         )
         _require(self, "validation", f"from 0 to {LARGEST}", lambda value: 0 <= value <= LARGEST)
         _require(self, "stem_stride", "1 or 2", lambda value: value in (1, 2))
+        _require(self, "image_size", "from 8 to 4096", lambda value: 8 <= value <= 4096)
+        if self.memory is not None:
+            _as_argument("memory", parse_bytes, self.memory)
         _require(self, "seed", "from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
         for name, metadata in _metadata().items():
             if metadata["choices"] and name != "dataset" and getattr(self, name) not in metadata["choices"]:
                 raise ValueError(
                     f"{name} must be one of {', '.join(metadata['choices'])}, got {getattr(self, name)!r}"
                 )
+
+
+def _as_argument(name: str, parse: Callable[[str], Any], text: str) -> None:
+    """Raise ValueError that begins with the argument's name unless `parse` takes the text."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _fp32(value: float) -> float:
@@ -175,12 +216,35 @@ def make_config(dataset: str = "digits", **given: Any) -> TrainConfig:
             f"data (--data, make: DATA) has no effect with the data set digits, which is scikit-learn's; got "
             f"{given['data']}: leave it out, or choose another --dataset (make: DATASET) of {others}"
         )
+    if dataset not in datasets.FOLDERS:
+        _require_no_effect(dataset, given)
+    elif given.get("data") is None:
+        raise ValueError(
+            f"data (--data, make: DATA) must name the folder of the pictures for the data set {dataset}, got nothing"
+        )
     recipe = dataclasses.asdict(RECIPES[dataset])
     if given.get("schedule") == "step":
         recipe["learning_rate"] = STANDARD_RATE
     values = recipe | {name: value for name, value in given.items() if value is not None}
-    default_name = "{}-{net}-M{cycles}-s{seed}".format(dataset, **{"seed": 0} | values)
+    what = _folder_name(values["data"]) if dataset == "folder" else dataset
+    default_name = "{}-{net}-M{cycles}-s{seed}".format(what, **{"seed": 0} | values).replace(":", "-")
     return TrainConfig(dataset=dataset, **{"out": str(RUNS / default_name)} | values)
+
+
+def _folder_name(data: str) -> str:
+    """Of a folder of pictures, for the name of a run: "folder-my-images"."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(os.path.abspath(data))).strip("-.")
+    return f"folder-{name[:60]}" if name else "folder"
+
+
+def _require_no_effect(dataset: str, given: dict[str, Any]) -> None:
+    """Raise ValueError for what only folders of pictures have."""
+    for name in ("image_size", "skip_damaged", "memory", "cache"):
+        if given.get(name):
+            raise ValueError(
+                f"{name} (--{name.replace('_', '-')}) has no effect with the data set {dataset}, whose images are of "
+                f"one size and in memory; got {given[name]}: leave it out"
+            )
 
 
 def _metadata() -> dict[str, Any]:
@@ -196,9 +260,14 @@ def _require(config: TrainConfig, name: str, condition: str, holds: Any) -> None
 
 # Where the files lie does not change the result, and threads only its last bits, which a resumed run says. All
 # else is another run.
-FREE_FIELDS = ("data", "out", "threads")
+FREE_FIELDS = ("data", "out", "threads", "memory", "cache")
 # What came after version 0.1.0, and what it means for a run that knows nothing of it.
-ADDED_FIELDS: dict[str, Any] = {"augment": "crop", "stem_stride": 1}
+ADDED_FIELDS: dict[str, Any] = {
+    "augment": "crop",
+    "stem_stride": 1,
+    "image_size": None,
+    "skip_damaged": False,
+}
 
 
 def differences(config: TrainConfig, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -223,6 +292,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[TrainConfig, bo
     for item in dataclasses.fields(TrainConfig):
         flag = "--" + (item.metadata["flag"] or item.name).replace("_", "-")
         choices = item.metadata["choices"]
+        if item.type is bool:
+            parser.add_argument(
+                flag, dest=item.name, action="store_true", default=None, help=item.metadata["help"]
+            )
+            continue
         parser.add_argument(
             flag,
             dest=item.name,
@@ -250,7 +324,7 @@ def _default_text(item: dataclasses.Field) -> str:
 
 def _recipes_text() -> str:
     rows = [
-        f"  {name:14s} {recipe.net:10s} {recipe.epochs:4d} epochs, batch {recipe.batch_size}, "
+        f"  {name:14s} {recipe.net:20s} {recipe.epochs:4d} epochs, batch {recipe.batch_size}, "
         f"lr {recipe.learning_rate} ({STANDARD_RATE} with --schedule step), {recipe.cycles} cycles"
         for name, recipe in RECIPES.items()
     ]

@@ -22,7 +22,7 @@ from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.ensemble.inputs import SPLITS
 from fastsnap.ensemble.report import report_run
 from fastsnap.limits import THREADS_HELP, choose_threads
-from fastsnap.printing import ArgumentParser, OutputLost, is_lost, make_console, print_error
+from fastsnap.printing import ArgumentParser, OutputLost, is_lost, make_console, print_error, print_failure
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_error(f"stopped by {stopped}")
         return 128 + stopped.signal_number
     except ValueError as error:
-        print_error(f"error: {error}")
+        print_failure(error)
         return 2
     return 128 + signal.SIGPIPE if is_lost(console) else 0
 

@@ -8,6 +8,7 @@ the free memory, and the kernel kills a process that passes either without a wor
 import contextlib
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -112,6 +113,30 @@ def free_memory(root: Path = Path("/")) -> Room | None:
         free = 1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0))
         rooms.append(Room(free, "free on this machine"))
     return min(rooms, key=lambda room: room.bytes, default=None)
+
+
+def usual_budget(root: Path = Path("/")) -> int:
+    """Bytes that decoded images may take unless asked for otherwise: a quarter of the machine's memory, or of what its
+    control groups allow. Without either, 1 GB.
+    """
+    totals = []
+    for group in _groups(root, "memory"):
+        for limit_file, _, _ in MEMORY_FILES:
+            with contextlib.suppress(OSError, ValueError):
+                totals.append(int((group / limit_file).read_text()))
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+        totals.append(1024 * next(int(line[1]) for line in lines if line[0] == "MemTotal:"))
+    return min(totals, default=4 * 10**9) // 4
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as "8GB", "500 MB", "1.5e9" or "0". Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s*([kMGT]?)B?\s*", text, re.IGNORECASE)
+    size = float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ") if match else -1.0
+    if not 0 <= size < NO_LIMIT:
+        raise ValueError(f"a size must be a number of bytes such as 8GB, 500MB or 0, got {text!r}")
+    return int(size)
 
 
 def _left_of_limit(group: Path) -> Room | None:

@@ -97,6 +97,14 @@ def print_error(text: str) -> None:
     print_line(make_console(stderr=True), text)
 
 
+def print_failure(error: Exception) -> None:
+    """Print an error on standard error; one that has several `lines`, in as many."""
+    first, *others = getattr(error, "lines", (str(error),))
+    print_error(f"error: {first}")
+    for line in others:
+        print_error(line)
+
+
 def literal(text: str, encoding: str = "utf-8") -> str:
     """`text` with what a terminal would obey, or `encoding` does not have, written as an escape: ESC as \\x1b."""
     return "".join(_literal(character, encoding) for character in text)

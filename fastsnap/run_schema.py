@@ -72,14 +72,17 @@ class Config:
     compile: Text | None = None
     update: Text | None = None
     augment: Text | None = None
+    image_size: Count | None = None  # as asked for
+    memory: Text | None = None
+    cache: Text | None = None
+    skip_damaged: bool = False
+    storage: Literal["arrays", "files"] | None = None  # of a folder of pictures
     stem_stride: Count | None = None
     class_names: list[Text] | None = None
     mean: list[Number] | None = None  # per channel, 0 to 255
     std: list[Rate] | None = None
-    image_size: Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)] | None = (
-        None  # height, width
-    )
-    channels: Count | None = None
+    # Height, width, channels.
+    image_shape: Annotated[list[Count], msgspec.Meta(min_length=3, max_length=3)] | None = None
     resize: Count | None = None  # pixels of the shorter side before the centre crop; None: used as they are
     versions: dict[str, str | None] | None = None
     fingerprints: dict[str, Sha256] | None = None

@@ -21,17 +21,18 @@ from fastsnap.assembly import (
     as_begun,
     build_trainer,
     describe,
+    load_data,
     planned_steps,
     reasons_of,
     require_room,
     settle,
 )
 from fastsnap.config import TrainConfig, differences, parse_arguments
-from fastsnap.data.datasets import Dataset, load_dataset
 from fastsnap.data.fingerprint import image_sets, require_same_images
+from fastsnap.data.sources import Dataset
 from fastsnap.device import choose_device
 from fastsnap.ensemble.report import report_run
-from fastsnap.printing import is_lost, make_console, print_error, print_line
+from fastsnap.printing import is_lost, make_console, print_error, print_failure, print_line
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_state import is_finished, require_config, set_aside
 from fastsnap.training.allocator import keep_freed_memory
@@ -57,14 +58,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     torch.set_num_threads(config.threads or 1)
     if not restart:
         _require_same(config, folder)
-    dataset = load_dataset(
-        config.dataset,
-        config.data,
-        validation=config.validation,
-        train_images=config.train_images,
-        seed=config.seed,
-        augment=config.augment,
-    )
+    dataset = load_data(config, folder.config() if folder.exists() and not restart else {}, console)
     if restart or not is_finished(folder, planned_steps(config, dataset)):
         require_room(config, dataset, folder, restart=restart)
     with folder.locked(lambda text: print_line(console, text)):
@@ -174,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_error(text)
         return 128 + stopped.signal_number
     except ValueError as error:
-        print_error(f"error: {error}")
+        print_failure(error)
         return 2
     return 128 + signal.SIGPIPE if is_lost(console) else 0
 

@@ -17,7 +17,11 @@ def make_folder_loader(folder: Path, size: int, batch_size: int, workers: int, j
     """
     colour = [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
     crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    tensor = [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]
     return DataLoader(
         ImageFolder(str(folder), v2.Compose([*crop, *colour, *tensor])),
         batch_size=batch_size,

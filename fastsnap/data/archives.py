@@ -8,6 +8,7 @@ and arrays are then built from the records by code that checks them.
 import gzip
 import pickle
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -32,7 +33,14 @@ IDX_UINT8 = 8
 
 
 class DataError(ValueError):
-    """A data set is missing, damaged or not what it claims to be."""
+    """A data set is missing, damaged or not what it claims to be.
+
+    details  further lines, one for each of many faults
+    """
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join([message, *details]))
+        self.lines = (message, *(f"  {detail}" for detail in details))
 
 
 class Name:
@@ -214,3 +222,12 @@ def _check_size(path: Path, largest: int) -> None:
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:200]
+
+
+def check_labels(labels: NDArray[Any], classes: int, path: Path) -> None:
+    """Raise DataError unless all labels, of at least one image, lie in 0..classes - 1."""
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            f"{path} has labels from {labels.min()} to {labels.max()}, beyond 0 to {classes - 1}: "
+            "get it again"
+        )

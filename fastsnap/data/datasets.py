@@ -2,20 +2,23 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsnap.data.archives import DataError, as_array, as_texts, read_idx, read_pickle
+from fastsnap.data.archives import DataError, as_array, as_texts, check_labels, read_idx, read_pickle
 from fastsnap.data.downloads import locate
 from fastsnap.data.draws import FIXED_SPLIT, HELD_OUT, KEPT, shuffled
-from fastsnap.data.sources import Augmentation, ImageSet, Source, augmentation_of
+from fastsnap.data.folder import FOLDERS, load_folder
+from fastsnap.data.pictures import Wishes
+from fastsnap.data.sources import Augmentation, Dataset, ImageSet, augmentation_of
+from fastsnap.data.svhn import load_svhn
 from fastsnap.limits import free_memory, require_memory
 
-DATASETS = ("cifar10", "cifar100", "digits", "fashion-mnist")
+DATASETS = ("cifar10", "cifar100", "digits", "fashion-mnist", "svhn", *FOLDERS)
 CIFAR_PIXELS = 3 * 32 * 32
 LARGEST_META = 2**20  # bytes; the published ones have about a thousand
 # Bytes of all images of a data set; the digits come with scikit-learn and are next to nothing.
@@ -23,6 +26,7 @@ IMAGE_BYTES = {
     "cifar10": 60_000 * CIFAR_PIXELS,
     "cifar100": 60_000 * CIFAR_PIXELS,
     "fashion-mnist": 70_000 * 28 * 28,
+    "svhn": 99_289 * CIFAR_PIXELS,
 }
 DIGITS_TEST = 360  # of 1,797
 FASHION_MNIST_CLASSES = (
@@ -37,24 +41,6 @@ FASHION_MNIST_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set, and how the field trains on it."""
-
-    name: str
-    train: Source
-    validation: Source | None  # held out of the training images
-    test: Source
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]  # per channel, 0 to 255
-    std: tuple[float, ...]
-    augmentation: Augmentation  # of the training images
-    source: str  # for the log: where the files came from, and whether their published checksums hold
-    resize: int | None = (
-        None  # pixels of a test image's shorter side before its centre crop; None: used as it is
-    )
 
 
 def check_name(name: str) -> None:
@@ -73,6 +59,7 @@ def load_dataset(
     train_images: int | None = None,
     seed: int = 0,
     augment: str | None = None,
+    wishes: Wishes | None = None,
     download: bool = True,
 ) -> Dataset:
     """The data set `name`, from `folder`, downloaded if it is not there.
@@ -80,12 +67,17 @@ def load_dataset(
     validation    training images to hold out, stratified by class, chosen by the seed
     train_images  how many of the others to keep, likewise; None keeps all
     augment       kind of augmentation, see sources.Augmentation; None: as the field trains on this data set
+    wishes        how the pictures of a folder are read; of no effect for the others
 
     Raises ValueError for an unknown name, for numbers that do not fit and for images that memory cannot hold,
     and DataError, which is one, for
     files that are missing and cannot be downloaded, are damaged, or are not what the publisher describes.
     """
     check_name(name)
+    if name in FOLDERS:
+        return _split(
+            load_folder(name, Path(folder), augment, wishes or Wishes()), validation, train_images, seed
+        )
     images = IMAGE_BYTES.get(name, 0)
     needs = {"its images": images, "its file": images}
     require_memory(f"reading {name}", needs, free_memory(), "free some, or raise the container's limit")
@@ -93,6 +85,8 @@ def load_dataset(
         whole = _digits()
     elif name == "fashion-mnist":
         whole = _fashion_mnist(Path(folder), download)
+    elif name == "svhn":
+        whole = load_svhn(Path(folder), download)
     else:
         whole = _cifar(name, Path(folder), download)
     whole = replace(whole, augmentation=augmentation_of(augment, whole.augmentation))
@@ -137,7 +131,7 @@ def _cifar_images(paths: Sequence[Path], labels_key: str, count: int, classes: i
         for channel in range(3):  # 4 times faster than one transposed copy
             images[part, ..., channel] = planes[:, channel]
         labels[part] = as_array(_entry(content, labels_key, path), path, labels_key, (rows,))
-        _check_labels(labels[part], classes, path)
+        check_labels(labels[part], classes, path)
     return ImageSet(images, labels)
 
 
@@ -149,14 +143,6 @@ def _entry(content: dict[str, Any], key: str, path: Path) -> Any:
     return content[key]
 
 
-def _check_labels(labels: NDArray[Any], classes: int, path: Path) -> None:
-    if labels.min() < 0 or labels.max() >= classes:
-        raise DataError(
-            f"{path} has labels from {labels.min()} to {labels.max()}, beyond 0 to {classes - 1}: "
-            "get it again"
-        )
-
-
 def _fashion_mnist(folder: Path, download: bool) -> Dataset:
     files, source = locate("fashion-mnist", folder, download)
     sets = []
@@ -164,7 +150,7 @@ def _fashion_mnist(folder: Path, download: bool) -> Dataset:
         images = read_idx(files[f"{part}-images-idx3-ubyte.gz"], (count, 28, 28))
         path = files[f"{part}-labels-idx1-ubyte.gz"]
         labels = read_idx(path, (count,)).astype(np.int64)
-        _check_labels(labels, len(FASHION_MNIST_CLASSES), path)
+        check_labels(labels, len(FASHION_MNIST_CLASSES), path)
         sets.append(ImageSet(images[..., None], labels))
     return Dataset(
         name="fashion-mnist",

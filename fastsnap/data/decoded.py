@@ -63,6 +63,7 @@ class Decoding:
         self.split, self.damaged = split, dict[int, str]()
         self._root, self._form, self._threads, self._count = root, form, threads, count
         self._images = maker.array(part, (len(split.names), *form.shape(split)), np.uint8) if keep else None
+        self._shape = form.shape(split)
         self._kept = maker.array(f"kept-{part}", (len(split.names),), bool)
         # Exact: integers, whatever the order in which the threads come.
         self._sums = np.zeros((2, form.channels), np.int64)
@@ -76,6 +77,8 @@ class Decoding:
             nothing = np.zeros((2, self._form.channels), np.int64)
             try:
                 image = self._form.of(decode(path, self._form.channels, background))
+                if image.shape != self._shape:
+                    raise DamagedImage(f"{path}: it changed while it was read")
                 if self._images is not None:
                     self._images[index] = image
             except DamagedImage as error:

@@ -113,7 +113,7 @@ def decode_bytes(
             pixels = _pillow(image, background)
     except Exception as error:  # decoders raise anything for what is damaged
         raise DamagedImage(f"{name}: {_reason(error)}") from error
-    return np.ascontiguousarray(_oriented(_with_channels(pixels, channels), header.orientation))
+    return _plain_array(_oriented(_with_channels(pixels, channels), header.orientation))
 
 
 def seen(
@@ -121,16 +121,21 @@ def seen(
 ) -> NDArray[np.uint8]:
     """A PIL image, as `decode` gives the file of one."""
     pixels = _with_channels(_pillow(image, background), channels)
-    return np.ascontiguousarray(_oriented(pixels, _orientation(image)))
+    return _plain_array(_oriented(pixels, _orientation(image)))
 
 
 def centred(image: NDArray[np.uint8], resize: int, size: int) -> NDArray[np.uint8]:
     """The square of `size` pixels in the centre of `image` uint8 [H, W, C], its shorter side first brought to `resize`
     pixels (antialiased bilinear, torchvision's): uint8 [size, size, C].
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(_plain_array(image)).permute(2, 0, 1)
     pixels = functional.center_crop(functional.resize(pixels, [resize], antialias=True), [size, size])
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _plain_array(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """In rows, and writable, as PyTorch wants it: a copy only where it is not."""
+    return np.require(pixels, requirements=["C", "W"])
 
 
 def _open_regular(path: Path) -> BinaryIO:

@@ -51,6 +51,14 @@ def _download_fashion_mnist(folder: Path) -> None:
         )
 
 
+def _download_svhn(folder: Path) -> None:
+    from torchvision.datasets import SVHN, utils
+
+    for part in ("train", "test"):
+        url, filename, md5 = SVHN.split_list[part]
+        utils.download_url(url, str(folder / "svhn"), filename, md5)
+
+
 PUBLICATIONS = {
     "cifar10": Publication(
         title="CIFAR-10",
@@ -96,6 +104,18 @@ PUBLICATIONS = {
         by_hand="put the four files *-ubyte.gz of https://github.com/zalandoresearch/fashion-mnist in "
         "{inside}, or on Debian and Ubuntu install the package dataset-fashion-mnist",
         download=_download_fashion_mnist,
+    ),
+    "svhn": Publication(
+        title="SVHN",
+        subfolder="svhn",
+        md5={
+            "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
+            "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
+        },
+        elsewhere=(),
+        archive=None,
+        by_hand="put train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers in {inside}",
+        download=_download_svhn,
     ),
 }
 

@@ -5,7 +5,7 @@ after hours; the channels' mean and deviation come from the same pass. What it f
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from fastsnap.data.decoded import Decoding, Form, Split
 from fastsnap.data.layouts import Layout
 from fastsnap.data.sources import FileSet, ImageSet, Source
 from fastsnap.data.survey import describe_sizes, stamps, survey, usual_size
-from fastsnap.limits import format_bytes
+from fastsnap.limits import choose_threads, format_bytes, usual_budget
 
 ARRAYS, FILES = "arrays", "files"  # the kinds of storage
 TEST_SCALE = 256 / 224  # shorter side to size, before the centre crop of a test image of resized-crop
@@ -29,24 +29,25 @@ OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is asked of a folder of pictures.
+    """How the pictures of a folder are to be read.
 
     image_size    pixels of the side of the square that a network sees; None: the median shorter side, at most 224
-    augment       kind of augmentation: resized-crop keeps larger training images
     storage       "arrays", "files" or None: arrays where they take at most `memory` bytes
+    cache         folder of the cache; None: the user's
     skip_damaged  leave damaged pictures out instead of an error
     threads       that decode
+    say           told what the user should know, line by line
+    on_progress   told what is done, how many, of how many
     """
 
-    image_size: int | None
-    augment: str
-    storage: str | None
-    memory: int
-    cache: str | None
-    skip_damaged: bool
-    threads: int
-    say: Say
-    on_progress: OnProgress
+    image_size: int | None = None
+    storage: str | None = None
+    memory: int = field(default_factory=usual_budget)
+    cache: str | None = None
+    skip_damaged: bool = False
+    threads: int = field(default_factory=lambda: choose_threads(None).count)
+    say: Say = lambda text: None
+    on_progress: OnProgress = lambda what, done, total: None
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Pictures:
     storage: str
 
 
-def load_pictures(layout: Layout, wishes: Wishes) -> Pictures:
-    """Raises DataError for damaged pictures, all of them in one list, unless they are to be skipped."""
+def load_pictures(layout: Layout, augment: str, wishes: Wishes) -> Pictures:
+    """Both splits for training with the augmentation of this kind.
+
+    Raises DataError for damaged pictures, all of them in one list, unless they are to be skipped."""
     train, test, coloured = _surveyed(layout, wishes)
     readable = train.sizes[train.sizes[:, 0] > 0]
     if not len(readable):
@@ -72,8 +75,8 @@ def load_pictures(layout: Layout, wishes: Wishes) -> Pictures:
     channels = 3 if coloured else 1
     wishes.say(f"images are {describe_sizes(readable)}, {'coloured' if coloured else 'grey'}")
     size = wishes.image_size or usual_size(readable)
-    resize = round(size * TEST_SCALE) if wishes.augment == "resized-crop" else size
-    forms = (_training_form(readable, size, resize, channels, wishes.augment), Form(resize, size, channels))
+    resize = round(size * TEST_SCALE) if augment == "resized-crop" else size
+    forms = (_training_form(readable, size, resize, channels, augment), Form(resize, size, channels))
     needed = sum(
         len(split.names) * int(np.prod(form.shape(split)))
         for split, form in zip((train, test), forms, strict=True)
@@ -199,10 +202,9 @@ def _require_whole(damaged: Sequence[str], wishes: Wishes) -> None:
         return
     shown = list(damaged[:SHOWN]) + ([f"and {len(damaged) - SHOWN:,} more"] if len(damaged) > SHOWN else [])
     if not wishes.skip_damaged:
-        lines = "\n  ".join(shown)
         raise DataError(
-            f"{len(damaged):,} files cannot be decoded; mend or remove them, or leave them out with --skip-damaged:"
-            f"\n  {lines}"
+            f"{len(damaged):,} files cannot be decoded; mend or remove them, or leave them out with --skip-damaged:",
+            shown,
         )
     wishes.say(f"left out: {len(damaged):,} files that cannot be decoded (--skip-damaged)")
     for line in shown:

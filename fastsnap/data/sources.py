@@ -119,3 +119,21 @@ class FileSet:
 
 
 Source = ImageSet | FileSet
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set, and how the field trains on it."""
+
+    name: str
+    train: Source
+    validation: Source | None  # held out of the training images
+    test: Source
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]  # per channel, 0 to 255
+    std: tuple[float, ...]
+    augmentation: Augmentation  # of the training images
+    source: str  # for the log: where the files came from, and whether their published checksums hold
+    # Pixels of a test image's shorter side before its centre crop; None: used as it is.
+    resize: int | None = None
+    storage: str | None = None  # of a folder of pictures: "arrays" or "files"

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastsnap.data.archives import DataError
-from fastsnap.data.datasets import Dataset, load_dataset
-from fastsnap.data.sources import Source
+from fastsnap.data.datasets import load_dataset
+from fastsnap.data.pictures import Wishes
+from fastsnap.data.sources import Dataset, Source
 from fastsnap.device import Precision, choose_precision, free_device_memory
 from fastsnap.nets.build import build_network
 from fastsnap.nets.resnet import KERNEL_OPERATIONS
@@ -46,6 +47,13 @@ def load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Da
         raise ValueError(
             f"data (--data) has no effect: the run was trained on scikit-learn's digits; got {data}"
         )
+    shape = config.get("image_shape")
+    wishes = Wishes(
+        image_size=shape[0] if shape else None,
+        storage=config.get("storage"),
+        cache=config.get("cache"),
+        skip_damaged=config.get("skip_damaged", False),
+    )
     try:
         return load_dataset(
             config["dataset"],
@@ -55,6 +63,7 @@ def load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Da
             train_images=config["train_images"],
             seed=config["seed"],
             augment=config.get("augment"),
+            wishes=wishes,
         )
     except DataError:
         raise

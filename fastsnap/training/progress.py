@@ -6,6 +6,7 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
@@ -99,3 +100,43 @@ class ProgressDisplay:
     def message(self, text: str) -> None:
         """A line that stays."""
         print_line(self.console, text)
+
+
+class LoadingDisplay:
+    """Progress of what comes before the training: a bar on a terminal, a line now and then in a file."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._line_time = time.perf_counter()
+
+    def __enter__(self) -> "LoadingDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def message(self, text: str) -> None:
+        """A line of its own."""
+        print_line(self._console, text)
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` are done of what takes long."""
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done)
+        if not self._console.is_terminal and time.perf_counter() - self._line_time >= SILENCE_SECONDS / 4:
+            self._line_time = time.perf_counter()
+            print_line(self._console, f"{what}: {done:,} of {total:,}")

@@ -59,7 +59,7 @@ def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
     # What its networks need of the data set.
     assert config["class_names"] == [str(number) for number in range(10)]
     assert (config["mean"], config["std"]) == ([77.87], [95.87])
-    assert (config["image_size"], config["channels"], config["resize"]) == ([8, 8], 1, None)
+    assert (config["image_shape"], config["resize"]) == ([8, 8, 1], None)
 
 
 def test_metrics_have_a_line_per_epoch(finished: Path) -> None:
