@@ -403,7 +403,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_signal_outside_the_loop_is_answered_with_one_line(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr(assembly, "load_dataset", lambda *_, **__: os.kill(os.getpid(), number))
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 128 + number
     name = signal.Signals(number).name
     assert capsys.readouterr().out == f"stopped by {name}. Run the same command again to go on\n"
@@ -418,7 +418,7 @@ def test_a_run_that_another_process_began_meanwhile_is_refused(
         RunFolder(tmp_path).write_json("config.json", assembly.describe(config, dataset))
         return dataset
 
-    monkeypatch.setattr(train, "load_dataset", begin_another_run)
+    monkeypatch.setattr(assembly, "load_dataset", begin_another_run)
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 2
     assert "learning_rate: 0.1 asked for, 0.3 there" in capsys.readouterr().err
 
