@@ -74,6 +74,7 @@ setup(
                 "kernels/batch_norm_cpu.cpp",
                 "kernels/convolution_cpu.cpp",
                 "kernels/winograd_cpu.cpp",
+                "kernels/resized_crop_cpu.cpp",
             ],
             depends=["kernels/instructions.h", "kernels/cpu.h", "kernels/lanes.h", "kernels/winograd.h"],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math"],

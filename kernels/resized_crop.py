@@ -1,0 +1,78 @@
+"""Random parts of images, brought to one size and coloured, in one pass: what training on photographs takes per image.
+
+From the uint8 image to the normalised network input: crop, antialiased bilinear resize, mirror, colour jitter, lighting
+and normalisation. The last three are affine in a pixel and the mean colour of its image, A x + K mean(x) + d, so they
+cost as much as a normalisation.
+
+This file is the way in: it checks the arguments and chooses the CPU kernel or the reference.
+"""
+
+import torch
+from torch import Tensor
+
+from .cpu import has_library
+from .resized_crop_reference import reference_resized_crops
+
+
+def resized_crops(
+    images: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    colours: Tensor,
+    size: tuple[int, int],
+    threads: int | None = None,
+) -> Tensor:
+    """Float32 [B, height, width, C], C-contiguous, on the device of the images.
+
+    images   uint8 [N, H, W, C], C-contiguous, C 1 or 3
+    indices  int64 [B], into the images
+    boxes    int64 [B, 4]: top, left, height and width of the part that is taken, at least one pixel
+    flips    bool [B], mirrored or not
+    colours  float32 [B, 2 C + 1, C]: the matrices A and K and the vector d, below one another
+    size     height and width of the result
+    threads  of the CPU; default: PyTorch's number
+    Raises ValueError for what does not fit.
+    """
+    _check(images, indices, boxes, flips, colours, size)
+    if images.device.type == "cpu" and has_library():
+        from .resized_crop_cpu import cpu_resized_crops
+
+        return cpu_resized_crops(images, indices, boxes, flips, colours, size, threads or torch.get_num_threads())
+    return reference_resized_crops(images, indices, boxes, flips, colours, size)
+
+
+def _check(
+    images: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, colours: Tensor, size: tuple[int, int]
+) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] not in (1, 3) or not images.is_contiguous():
+        raise ValueError(
+            f"images must be uint8 [N, H, W, 1 or 3], C-contiguous, got {images.dtype} {list(images.shape)}"
+        )
+    count, channels = len(indices), images.shape[3]
+    wanted = {
+        "indices": (indices, torch.int64, (count,)),
+        "boxes": (boxes, torch.int64, (count, 4)),
+        "flips": (flips, torch.bool, (count,)),
+        "colours": (colours, torch.float32, (count, 2 * channels + 1, channels)),
+    }
+    for name, (tensor, dtype, shape) in wanted.items():
+        if tensor.dtype != dtype or tensor.shape != shape or tensor.device != images.device:
+            raise ValueError(
+                f"{name} must be {dtype} {list(shape)} on {images.device}, got {tensor.dtype} {list(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+    if min(size) < 1:
+        raise ValueError(f"size must be at least 1x1, got {list(size)}")
+    # On a GPU nobody waits for the answer: an index out of range is an error there by itself.
+    if images.device.type == "cpu" and count:
+        height, width = images.shape[1:3]
+        top, left, rows, columns = boxes.unbind(1)
+        inside = (top >= 0) & (left >= 0) & (rows >= 1) & (columns >= 1)
+        inside &= (top + rows <= height) & (left + columns <= width) & (indices >= 0) & (indices < len(images))
+        if not inside.all():
+            wrong = int((~inside).nonzero()[0])
+            raise ValueError(
+                f"boxes must lie within {height}x{width} pixels and indices within {len(images)} images, got "
+                f"{boxes[wrong].tolist()} of image {int(indices[wrong])}"
+            )
