@@ -38,14 +38,21 @@ def resized_crops(
     if images.device.type == "cpu" and has_library():
         from .resized_crop_cpu import cpu_resized_crops
 
-        return cpu_resized_crops(images, indices, boxes, flips, colours, size, threads or torch.get_num_threads())
+        return cpu_resized_crops(
+            images, indices, boxes, flips, colours, size, threads or torch.get_num_threads()
+        )
     return reference_resized_crops(images, indices, boxes, flips, colours, size)
 
 
 def _check(
     images: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, colours: Tensor, size: tuple[int, int]
 ) -> None:
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] not in (1, 3) or not images.is_contiguous():
+    if (
+        images.dtype != torch.uint8
+        or images.dim() != 4
+        or images.shape[3] not in (1, 3)
+        or not images.is_contiguous()
+    ):
         raise ValueError(
             f"images must be uint8 [N, H, W, 1 or 3], C-contiguous, got {images.dtype} {list(images.shape)}"
         )
@@ -69,7 +76,9 @@ def _check(
         height, width = images.shape[1:3]
         top, left, rows, columns = boxes.unbind(1)
         inside = (top >= 0) & (left >= 0) & (rows >= 1) & (columns >= 1)
-        inside &= (top + rows <= height) & (left + columns <= width) & (indices >= 0) & (indices < len(images))
+        inside &= (
+            (top + rows <= height) & (left + columns <= width) & (indices >= 0) & (indices < len(images))
+        )
         if not inside.all():
             wrong = int((~inside).nonzero()[0])
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Resized crops in plain PyTorch, on any device: what the CPU kernel is tested against, and what a GPU computes with."""
+"""Resized crops in plain PyTorch, on any device: what the CPU kernel is tested against, and what a GPU takes."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ def reference_resized_crops(
     images: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, colours: Tensor, size: tuple[int, int]
 ) -> Tensor:
     """See resized_crop.resized_crops: here by matrices of weights, one for the rows and one for the columns."""
-    height, width, channels = images.shape[1:]
+    height, width = images.shape[1:3]
     rows = _weights(boxes[:, 0], boxes[:, 2], height, size[0])
     columns = _weights(boxes[:, 1], boxes[:, 3], width, size[1])
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
@@ -25,7 +25,11 @@ def coloured(images: Tensor, colours: Tensor) -> Tensor:
     colours  float32 [B, 2 C + 1, C]: A, K and d below one another
     """
     channels = images.shape[3]
-    matrix, of_mean, offset = colours[:, :channels], colours[:, channels : 2 * channels], colours[:, 2 * channels]
+    matrix, of_mean, offset = (
+        colours[:, :channels],
+        colours[:, channels : 2 * channels],
+        colours[:, 2 * channels],
+    )
     mean = images.mean(dim=(1, 2), dtype=torch.float64).float()
     constant = offset + torch.einsum("bck,bk->bc", of_mean, mean)
     return torch.einsum("bck,bhwk->bhwc", matrix, images) + constant[:, None, None]

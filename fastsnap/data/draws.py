@@ -10,8 +10,13 @@ versions.
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER, AUGMENTATION, HELD_OUT, KEPT, FIXED_SPLIT = range(5)  # the purposes: one independent stream each
+# The purposes: one independent stream each.
+ORDER, AUGMENTATION, HELD_OUT, KEPT, FIXED_SPLIT, BOXES, COLOURS = range(7)
 EPOCHS_PER_PURPOSE = 2**48
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop
+ATTEMPTS = 10
+BOXES_AT_ONCE = 2**16  # images; for all of ImageNet the words alone would take 200 MB
+WORDS_PER_COUNT = 4  # of Philox
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
@@ -47,11 +52,58 @@ def shuffled(seed: int, purpose: int, epoch: int, n: int) -> NDArray[np.int64]:
     return (keys & index_bits).astype(np.int64)
 
 
-def _bits(seed: int, purpose: int, epoch: int, n: int) -> NDArray[np.uint64]:
-    """The first `n` words of the stream (seed, purpose, epoch), uint64 [n]; word i does not depend on `n`."""
+def _bits(seed: int, purpose: int, epoch: int, n: int, first: int = 0) -> NDArray[np.uint64]:
+    """`n` words of the stream (seed, purpose, epoch) from word `first`, a multiple of 4: uint64 [n]. Word i does not
+    depend on `n`.
+    """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
     if not 0 <= epoch < EPOCHS_PER_PURPOSE:
         raise ValueError(f"epoch must be between 0 and 2**48 - 1, got {epoch}")
     key = np.array([seed, purpose * EPOCHS_PER_PURPOSE + epoch], np.uint64)
-    return np.random.Philox(key=key).random_raw(n)
+    return np.random.Philox(key=key, counter=first // WORDS_PER_COUNT).random_raw(n)
+
+
+def boxes(seed: int, epoch: int, sizes: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The parts of images that random resized crops take: int32 [N, 4], top, left, height and width.
+
+    sizes  int32 [N, 2], height and width of each image
+    8 to 100 % of the area at a ratio of 3/4 to 4/3, up to ten attempts, then the centre: as in the authors' code and in
+    torchvision. Two words of 64 bits per attempt. Raises ValueError as above.
+    """
+    result = np.empty((len(sizes), 4), np.int32)
+    for start in range(0, len(sizes), BOXES_AT_ONCE):
+        part = sizes[start : start + BOXES_AT_ONCE].astype(np.float64)
+        first = start * 2 * ATTEMPTS
+        words = _bits(seed, BOXES, epoch, len(part) * 2 * ATTEMPTS, first).reshape(len(part), ATTEMPTS, 2)
+        result[start : start + BOXES_AT_ONCE] = _boxes(words, part)
+    return result
+
+
+def _boxes(words: NDArray[np.uint64], sizes: NDArray[np.float64]) -> NDArray[np.int32]:
+    """words [N, ATTEMPTS, 2]: area and ratio, row and column; sizes [N, 2]."""
+    high, low = (words >> np.uint64(32)) / 2.0**32, (words & np.uint64(2**32 - 1)) / 2.0**32  # in [0, 1)
+    height, width = sizes[:, :1], sizes[:, 1:]
+    area = height * width * (AREA[0] + (AREA[1] - AREA[0]) * high[..., 0])
+    ratio = np.exp(np.log(RATIO[0]) + (np.log(RATIO[1]) - np.log(RATIO[0])) * low[..., 0])
+    wide, tall = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (wide >= 1) & (wide <= width) & (tall >= 1) & (tall <= height)
+    chosen = np.argmax(fits, axis=1)
+    row = np.arange(len(sizes))
+    found = fits[row, chosen]
+    wide, tall = wide[row, chosen], tall[row, chosen]
+    top = np.floor(high[row, chosen, 1] * (height[:, 0] - tall + 1))
+    left = np.floor(low[row, chosen, 1] * (width[:, 0] - wide + 1))
+    # The centre, of a ratio that is allowed.
+    centre_wide = np.minimum(width[:, 0], np.maximum(1, np.rint(height[:, 0] * RATIO[1])))
+    centre_tall = np.minimum(height[:, 0], np.maximum(1, np.rint(width[:, 0] / RATIO[0])))
+    centre = np.stack(
+        [(height[:, 0] - centre_tall) // 2, (width[:, 0] - centre_wide) // 2, centre_tall, centre_wide],
+        axis=1,
+    )
+    return np.where(found[:, None], np.stack([top, left, tall, wide], axis=1), centre).astype(np.int32)
+
+
+def colour_words(seed: int, epoch: int, n: int) -> NDArray[np.uint64]:
+    """What the colours of an image are changed by: uint64 [n, 4], see colour.transforms. Raises ValueError as above."""
+    return _bits(seed, COLOURS, epoch, 4 * n).reshape(n, 4)

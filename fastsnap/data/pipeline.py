@@ -58,7 +58,8 @@ def make_pipeline(
     if isinstance(images, FileSet):
         raise NotImplementedError("streaming files")
     _check(images, batch_size, mean, std, augmentation.padding if augmentation else 0)
-    plan = Plan(len(images.labels), batch_size, seed, augmentation)
+    sizes = np.broadcast_to(np.array(images.images.shape[1:3], np.int32), (len(images.labels), 2))
+    plan = Plan(len(images.labels), batch_size, seed, augmentation, sizes)
     if choose_loader(loader, device) == "torch":
         return TorchPipeline(images, plan, mean, std, device)
     from fastsnap.data.dali_pipeline import DaliPipeline  # here, since DALI need not be installed

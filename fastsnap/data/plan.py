@@ -1,7 +1,7 @@
-"""What every pipeline keeps to: which images a batch holds, and how each is cropped and flipped.
+"""What every pipeline keeps to: which images a batch holds, and how each is cropped, flipped and coloured.
 
-The augmentation is that of the authors' code: normalise, flip with probability 1/2, zero-pad, crop at random.
-The padding follows the normalisation, so it has the mean colour.
+"crop" is the augmentation of the authors' CIFAR code: normalise, flip with probability 1/2, zero-pad, crop at random.
+The padding follows the normalisation, so it has the mean colour. "resized-crop" is that of their ImageNet code.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastsnap.data import draws
 from fastsnap.data.draws import crops_and_flips, permutation
 from fastsnap.data.sources import Augmentation
 
@@ -43,6 +44,10 @@ class Batch(NamedTuple):
     indices: NDArray[np.int64]  # [B] into the image set
     offsets: NDArray[np.int64]  # [B, 2] row and column of the crop in the padded image
     flips: NDArray[np.bool_]  # [B]
+    boxes: NDArray[np.int32] | None = None  # [B, 4] top, left, height, width of a resized crop in the image
+    colour_words: NDArray[np.uint64] | None = (
+        None  # [B, 4] what its colours are changed by: see colour.transforms
+    )
 
 
 def training_steps(count: int, batch_size: int) -> int:
@@ -63,19 +68,26 @@ def largest_batch(count: int, batch_size: int) -> int:
 class Plan:
     """Which images each batch holds and how they are augmented: a function of (seed, epoch, step).
 
-    `augmentation` None is evaluation: every epoch is the same: the images in their order, unflipped and uncropped, and
+    sizes  int32 [N, 2], height and width of each image, for resized crops
+
+    `augmentation` None is evaluation: the images in their order, unflipped and uncropped, the same in every epoch, and
     the last batch holds what remains, however few. `largest_batch` is the number of images of the largest.
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int = 0, augmentation: Augmentation | None = None
+        self,
+        count: int,
+        batch_size: int,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        sizes: NDArray[np.int32] | None = None,
     ) -> None:
         self.count, self.batch_size, self.augmentation = count, batch_size, augmentation
         self.training = training = augmentation is not None
         self.padding = augmentation.padding if augmentation else 0
         self.steps_per_epoch = training_steps(count, batch_size) if training else -(-count // batch_size)
         self.largest_batch = largest_batch(count, batch_size) if training else min(count, batch_size)
-        self._seed = seed
+        self._seed, self._sizes = seed, sizes
         # Two epochs are in use at once while the next one is prefetched.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -89,8 +101,15 @@ class Plan:
         """The draws of batch `step` of `epoch`."""
         last = step == self.steps_per_epoch - 1
         part = slice(step * self.batch_size, None if last else (step + 1) * self.batch_size)
-        indices, offsets, flips = self._epoch(epoch if self.training else 0)
-        return Batch(indices[part], offsets[part], flips[part])
+        whole = self._epoch(epoch if self.training else 0)
+        boxes, words = whole.boxes, whole.colour_words
+        return Batch(
+            whole.indices[part],
+            whole.offsets[part],
+            whole.flips[part],
+            None if boxes is None else boxes[part],
+            None if words is None else words[part],
+        )
 
     def _draw_epoch(self, epoch: int) -> Batch:
         if self.augmentation is None:
@@ -98,4 +117,10 @@ class Plan:
             return Batch(np.arange(count), np.zeros((count, 2), np.int64), np.zeros(count, bool))
         order = permutation(self._seed, epoch, self.count)
         offsets, flips = crops_and_flips(self._seed, epoch, self.count, self.padding, self.augmentation.flip)
-        return Batch(order, offsets[order], flips[order])
+        boxes = colours = None
+        if self.augmentation.kind == "resized-crop":
+            assert self._sizes is not None
+            boxes = draws.boxes(self._seed, epoch, self._sizes)[order]
+        if self.augmentation.jitter or self.augmentation.lighting:
+            colours = draws.colour_words(self._seed, epoch, self.count)[order]
+        return Batch(order, offsets[order], flips[order], boxes, colours)
