@@ -151,6 +151,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         seed=config.seed,
         augmentation=dataset.augmentation,
         loader=config.loader,
+        threads=config.threads,
     )
     schedule = Schedule(
         config.schedule, config.epochs * pipeline.steps_per_epoch, config.cycles, config.learning_rate

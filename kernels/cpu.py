@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor  # first torch, then the library: both then share one pool of OpenMP threads
 
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")  # as in instructions.h; plain: what every processor has
@@ -49,6 +50,16 @@ def _warn_of_references() -> bool:
         stacklevel=3,
     )
     return False
+
+
+def use_one_thread() -> None:
+    """What the calling thread computes from now on, it computes alone; all others keep their number of threads.
+
+    torch.set_num_threads would be for all.
+    """
+    torch.get_num_threads()  # a thread's first call sets it to the number of all
+    with contextlib.suppress(AttributeError):  # built without OpenMP
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def address(tensor: Tensor | None) -> int:

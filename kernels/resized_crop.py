@@ -7,6 +7,8 @@ cost as much as a normalisation.
 This file is the way in: it checks the arguments and chooses the CPU kernel or the reference.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,66 @@ def resized_crops(
             images, indices, boxes, flips, colours, size, threads or torch.get_num_threads()
         )
     return reference_resized_crops(images, indices, boxes, flips, colours, size)
+
+
+def resized_crops_of(
+    images: Sequence[Tensor],
+    boxes: Tensor,
+    flips: Tensor,
+    colours: Tensor,
+    size: tuple[int, int],
+    threads: int | None = None,
+) -> Tensor:
+    """The same of images that each have a size of their own: B of uint8 [H, W, C], C-contiguous, on the CPU."""
+    if has_library() and images:
+        from .resized_crop_cpu import cpu_resized_crops_of
+
+        _check_own_sizes(images, boxes, flips, colours, size)
+        return cpu_resized_crops_of(images, boxes, flips, colours, size, threads or torch.get_num_threads())
+    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+    crops = [
+        resized_crops(image[None], zero, boxes[i : i + 1], flips[i : i + 1], colours[i : i + 1], size)
+        for i, image in enumerate(images)
+    ]
+    return torch.cat(crops) if crops else torch.empty(0, *size, colours.shape[2], device="cpu")
+
+
+def _check_own_sizes(
+    images: Sequence[Tensor], boxes: Tensor, flips: Tensor, colours: Tensor, size: tuple[int, int]
+) -> None:
+    channels = images[0].shape[-1]
+    wanted = {
+        "boxes": (boxes, torch.int64),
+        "flips": (flips, torch.bool),
+        "colours": (colours, torch.float32),
+    }
+    for name, (tensor, dtype) in wanted.items():
+        if tensor.dtype != dtype or len(tensor) != len(images):
+            raise ValueError(
+                f"{name} must be {dtype} of {len(images)} images, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if channels not in (1, 3) or boxes.shape[1:] != (4,) or colours.shape[1:] != (2 * channels + 1, channels):
+        raise ValueError(
+            f"colours must be [{len(images)}, {2 * channels + 1}, {channels}] and boxes [{len(images)}, 4], got "
+            f"{list(colours.shape)} and {list(boxes.shape)}, with images of {channels} channels"
+        )
+    if min(size) < 1:
+        raise ValueError(f"size must be at least 1x1, got {list(size)}")
+    for image, (top, left, rows, columns) in zip(images, boxes.tolist(), strict=True):
+        if (
+            image.dtype != torch.uint8
+            or image.dim() != 3
+            or image.shape[2] != channels
+            or not image.is_contiguous()
+        ):
+            raise ValueError(
+                f"images must be uint8 [H, W, {channels}], C-contiguous, got {image.dtype} {list(image.shape)}"
+            )
+        height, width = image.shape[:2]
+        if min(top, left) < 0 or min(rows, columns) < 1 or top + rows > height or left + columns > width:
+            raise ValueError(
+                f"boxes must lie within their images, got {[top, left, rows, columns]} of {height}x{width} pixels"
+            )
 
 
 def _check(

@@ -21,6 +21,8 @@ class Split:
     sizes: NDArray[np.int32]
     stamps: NDArray[np.int64]
     transparent: NDArray[np.bool_]
+    coloured: NDArray[np.bool_]
+    direct: NDArray[np.int8]
 
 
 @dataclass(frozen=True)

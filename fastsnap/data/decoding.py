@@ -76,6 +76,14 @@ def inspect(path: Path) -> Header:
         raise DamagedImage(f"{path}: {_reason(error)}") from error
 
 
+def inspect_bytes(content: bytes, name: str) -> Header:
+    """The header of the picture whose file has this content. Raises DamagedImage with the name and the reason."""
+    try:
+        return _header(_open(io.BytesIO(content)), io.BytesIO(content))
+    except Exception as error:
+        raise DamagedImage(f"{name}: {_reason(error)}") from error
+
+
 def decode(path: Path, channels: int, background: tuple[int, ...] = (128, 128, 128)) -> NDArray[np.uint8]:
     """The picture in `path`: see `decode_bytes`."""
     return decode_bytes(read_picture(path), str(path), channels, background)
@@ -116,6 +124,15 @@ def decode_bytes(
     return _plain_array(_oriented(_with_channels(pixels, channels), header.orientation))
 
 
+def decode_direct(content: bytes, name: str, channels: int, orientation: int) -> NDArray[np.uint8]:
+    """As `decode_bytes`, of a file whose header was found to be plain, without looking at it again."""
+    try:
+        pixels = _torchvision(content, channels == 1)
+    except Exception as error:
+        raise DamagedImage(f"{name}: {_reason(error)}") from error
+    return _plain_array(_oriented(pixels, orientation))
+
+
 def seen(
     image: Image.Image, channels: int, background: tuple[int, ...] = (128, 128, 128)
 ) -> NDArray[np.uint8]:
@@ -128,6 +145,8 @@ def centred(image: NDArray[np.uint8], resize: int, size: int) -> NDArray[np.uint
     """The square of `size` pixels in the centre of `image` uint8 [H, W, C], its shorter side first brought to `resize`
     pixels (antialiased bilinear, torchvision's): uint8 [size, size, C].
     """
+    if image.shape[:2] == (size, size) and resize == size:
+        return image
     pixels = torch.from_numpy(_plain_array(image)).permute(2, 0, 1)
     pixels = functional.center_crop(functional.resize(pixels, [resize], antialias=True), [size, size])
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())

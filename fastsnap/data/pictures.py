@@ -22,6 +22,7 @@ from fastsnap.limits import choose_threads, format_bytes, usual_budget
 ARRAYS, FILES = "arrays", "files"  # the kinds of storage
 TEST_SCALE = 256 / 224  # shorter side to size, before the centre crop of a test image of resized-crop
 GREY = 128  # behind transparent pixels where no training image is opaque
+SURVEYED = ("sizes", "coloured", "transparent", "direct")  # what is kept of a survey
 SHOWN = 20  # damaged images that an error names
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -108,7 +109,7 @@ def _surveyed(layout: Layout, wishes: Wishes) -> tuple[Split, Split, bool]:
         )
         for name, part in parts.items():
             found = survey(layout.root, part.names, wishes.threads, count)
-            for kind in ("sizes", "transparent", "coloured"):
+            for kind in SURVEYED:
                 values = getattr(found, kind)
                 maker.array(f"{kind}-{name}", values.shape, values.dtype)[:] = values
         return {}
@@ -118,13 +119,12 @@ def _surveyed(layout: Layout, wishes: Wishes) -> tuple[Split, Split, bool]:
         Split(
             part.names,
             part.labels,
-            np.array(arrays[f"sizes-{name}"]),
-            own_stamps[name],
-            np.array(arrays[f"transparent-{name}"]),
+            stamps=own_stamps[name],
+            **{kind: np.array(arrays[f"{kind}-{name}"]) for kind in SURVEYED},
         )
         for name, part in parts.items()
     ]
-    return splits[0], splits[1], bool(arrays["coloured-train"].any())
+    return splits[0], splits[1], bool(splits[0].coloured.any())
 
 
 class _Counter:
@@ -233,6 +233,7 @@ def _source(
             split.labels,
             split.sizes,
             split.stamps,
+            np.where(split.coloured & (channels == 1), 0, split.direct).astype(np.int8),
             size,
             resize,
             channels,

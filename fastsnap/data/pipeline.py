@@ -12,16 +12,18 @@ import torch
 
 from fastsnap.data.plan import Pipeline, Plan
 from fastsnap.data.sources import Augmentation, FileSet, ImageSet, Source
+from fastsnap.data.torch_files import TorchFiles
 from fastsnap.data.torch_pipeline import TorchPipeline
 
 LOADERS = ("auto", "dali", "torch")
 
 
-def choose_loader(loader: str, device: torch.device) -> str:
+def choose_loader(loader: str, device: torch.device, *, files: bool = False) -> str:
     """Which pipeline `loader` means, "dali" or "torch"; "auto" is what is faster on `device`.
 
-    On a CPU that is PyTorch: it takes a third of DALI's time from the cores that train, and starts sooner.
-    On a GPU it is DALI, where it is installed. Raises ValueError for another loader, and for "dali" where it is not.
+    For images in memory, on a CPU that is PyTorch: it takes a third of DALI's time from the cores that train, and
+    starts sooner. On a GPU it is DALI, where it is installed; for images in files also on a CPU, where it decodes less.
+    Raises ValueError for another loader, and for "dali" where it is not installed.
     """
     if loader not in LOADERS:
         raise ValueError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}")
@@ -32,7 +34,7 @@ def choose_loader(loader: str, device: torch.device) -> str:
             "package nvidia-dali only raises). --loader torch gives the same batches without it"
         )
     if loader == "auto":
-        return "dali" if device.type == "cuda" and installed else "torch"
+        return "dali" if installed and (files or device.type == "cuda") else "torch"
     return loader
 
 
@@ -46,17 +48,19 @@ def make_pipeline(
     seed: int = 0,
     augmentation: Augmentation | None = None,
     loader: str = "auto",
+    threads: int | None = None,
 ) -> Pipeline:
     """The pipeline over `images` that `loader` asks for.
 
     mean, std     per channel, in the images' units (0 to 255)
     augmentation  of training; None gives the images in their order, only normalised (evaluation)
     loader        see choose_loader
+    threads       that decode files; default: PyTorch's number
 
     Raises ValueError for arguments that do not fit the images, and for "dali" without DALI.
     """
     if isinstance(images, FileSet):
-        raise NotImplementedError("streaming files")
+        return _files_pipeline(images, batch_size, mean, std, device, seed, augmentation, loader, threads)
     _check(images, batch_size, mean, std, augmentation.padding if augmentation else 0)
     sizes = np.broadcast_to(np.array(images.images.shape[1:3], np.int32), (len(images.labels), 2))
     plan = Plan(len(images.labels), batch_size, seed, augmentation, sizes)
@@ -65,6 +69,28 @@ def make_pipeline(
     from fastsnap.data.dali_pipeline import DaliPipeline  # here, since DALI need not be installed
 
     return DaliPipeline(images, plan, mean, std, device)
+
+
+def _files_pipeline(
+    files: FileSet,
+    batch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    seed: int,
+    augmentation: Augmentation | None,
+    loader: str,
+    threads: int | None,
+) -> Pipeline:
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    plan = Plan(len(files.labels), batch_size, seed, augmentation, files.sizes)
+    threads = threads or torch.get_num_threads()
+    if choose_loader(loader, device, files=True) == "torch":
+        return TorchFiles(files, plan, mean, std, device, threads)
+    from fastsnap.data.dali_files import DaliFiles  # here, since DALI need not be installed
+
+    return DaliFiles(files, plan, mean, std, device, threads)
 
 
 def _check(

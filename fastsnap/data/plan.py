@@ -45,9 +45,18 @@ class Batch(NamedTuple):
     offsets: NDArray[np.int64]  # [B, 2] row and column of the crop in the padded image
     flips: NDArray[np.bool_]  # [B]
     boxes: NDArray[np.int32] | None = None  # [B, 4] top, left, height, width of a resized crop in the image
-    colour_words: NDArray[np.uint64] | None = (
-        None  # [B, 4] what its colours are changed by: see colour.transforms
-    )
+    colour_words: NDArray[np.uint64] | None = None  # [B, 4] see colour.transforms
+
+    def part(self, chosen: slice) -> "Batch":
+        """The draws of some of the images."""
+        boxes, words = self.boxes, self.colour_words
+        return Batch(
+            self.indices[chosen],
+            self.offsets[chosen],
+            self.flips[chosen],
+            None if boxes is None else boxes[chosen],
+            None if words is None else words[chosen],
+        )
 
 
 def training_steps(count: int, batch_size: int) -> int:
@@ -101,15 +110,7 @@ class Plan:
         """The draws of batch `step` of `epoch`."""
         last = step == self.steps_per_epoch - 1
         part = slice(step * self.batch_size, None if last else (step + 1) * self.batch_size)
-        whole = self._epoch(epoch if self.training else 0)
-        boxes, words = whole.boxes, whole.colour_words
-        return Batch(
-            whole.indices[part],
-            whole.offsets[part],
-            whole.flips[part],
-            None if boxes is None else boxes[part],
-            None if words is None else words[part],
-        )
+        return self._epoch(epoch if self.training else 0).part(part)
 
     def _draw_epoch(self, epoch: int) -> Batch:
         if self.augmentation is None:

@@ -81,6 +81,7 @@ class FileSet:
     root        folder that `names` are relative to
     sizes       int32 [N, 2]: height and width of each image as it is seen, its EXIF orientation applied
     stamps      int64 [N, 2]: bytes and modification time (ns) of each file when it was checked
+    direct      int8 [N]: the EXIF orientation, 1 to 8, of files that any decoder takes as they are; 0: of all others
     size        pixels of the square side that a network sees
     resize      pixels that the shorter side of a test image is brought to before the centre crop
     channels    1 or 3
@@ -92,6 +93,7 @@ class FileSet:
     labels: NDArray[np.int64]
     sizes: NDArray[np.int32]
     stamps: NDArray[np.int64]
+    direct: NDArray[np.int8]
     size: int
     resize: int
     channels: int
@@ -115,6 +117,7 @@ class FileSet:
             labels=self.labels[chosen],
             sizes=self.sizes[chosen],
             stamps=self.stamps[chosen],
+            direct=self.direct[chosen],
         )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fastsnap.data.archives import DataError
 from fastsnap.data.decoding import DamagedImage, Header, inspect
+from fastsnap.kernels.cpu import use_one_thread
 
 MOST_SIZE = 224  # pixels of the side that images are brought to unless asked for: ImageNet's
 CHUNK = 256  # files that are handed to the threads at once, so that a million make no million of tasks
@@ -28,12 +29,14 @@ class Survey:
     sizes        int32 [N, 2]: height and width as seen; 0 where the header is damaged
     coloured     bool [N]
     transparent  bool [N]
+    direct       int8 [N]: see sources.FileSet
     damaged      index -> reason, which begins with the path
     """
 
     sizes: NDArray[np.int32]
     coloured: NDArray[np.bool_]
     transparent: NDArray[np.bool_]
+    direct: NDArray[np.int8]
     damaged: dict[int, str]
 
 
@@ -68,7 +71,13 @@ def survey(
 ) -> Survey:
     """Read the headers of `names` below `root`."""
     count = len(names)
-    result = Survey(np.zeros((count, 2), np.int32), np.zeros(count, bool), np.zeros(count, bool), {})
+    result = Survey(
+        np.zeros((count, 2), np.int32),
+        np.zeros(count, bool),
+        np.zeros(count, bool),
+        np.zeros(count, np.int8),
+        {},
+    )
 
     def look(index: int) -> Header | str:
         try:
@@ -82,14 +91,20 @@ def survey(
         else:
             result.sizes[index] = found.height, found.width
             result.coloured[index], result.transparent[index] = found.coloured, found.transparent
+            result.direct[index] = found.orientation if found.plain else 0
         on_progress(1)
     return result
+
+
+def decoding_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that decode, each on one core: PyTorch's own threads within each would wait for each other's cores."""
+    return ThreadPoolExecutor(threads, "fastsnap-files", use_one_thread)
 
 
 def in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Iterator[Result]:
     """`work` of every item, in their order; a few chunks are in the threads at a time."""
     remaining = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
+    with decoding_pool(threads) as pool:
         while chunk := list(islice(remaining, CHUNK * threads)):
             yield from pool.map(work, chunk)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastsnap.data.archives import DataError
 from fastsnap.data.plan import Pipeline
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.run_folder import RunError, RunFolder
@@ -71,7 +72,8 @@ class Trainer:
     def run(self, display: ProgressDisplay) -> None:
         """Train from `self.step` to the last.
 
-        Raises TrainingStopped, TrainingDiverged, and RunError if saving fails.
+        Raises TrainingStopped, TrainingDiverged, RunError if saving fails, and DataError for images that can no longer
+        be read, in files that are decoded while training.
         """
         self._first_step = self.step
         self._session_start = self._epoch_start = self._checkpoint_time = time.perf_counter()
@@ -80,6 +82,16 @@ class Trainer:
         self._estimated = False
         self._look = Look(self.step, self._session_start)
         self._pace = Pace(self.step, self._session_start)
+        try:
+            self._train(display)
+        except DataError:
+            # What is done is kept: the same command goes on from here once the images are there again.
+            if self.step > self._first_step:
+                self._look_at_loss(display, epoch_ended=False, saving=True)
+                self.save_checkpoint()
+            raise
+
+    def _train(self, display: ProgressDisplay) -> None:
         with stop_signals() as stop:
             while self.step < self.schedule.steps:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
