@@ -17,7 +17,7 @@ from fastsnap.data.fingerprint import fingerprints
 from fastsnap.data.pictures import Wishes
 from fastsnap.data.pipeline import choose_loader, make_pipeline
 from fastsnap.data.plan import largest_batch, training_steps
-from fastsnap.data.sources import Dataset
+from fastsnap.data.sources import Dataset, FileSet
 from fastsnap.device import choose_device, choose_precision, free_device_memory
 from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.kernels.schedule import Schedule
@@ -38,7 +38,7 @@ from fastsnap.training.updates import build_optimizer
 
 
 def settle(config: TrainConfig) -> TrainConfig:
-    """`config` with everything that is left to this machine replaced by what it means here."""
+    """`config` with what is left to this machine replaced by what it means here; for the loader see `settle_loader`."""
     device = choose_device(config.device)
     return dataclasses.replace(
         config,
@@ -47,9 +47,15 @@ def settle(config: TrainConfig) -> TrainConfig:
         cache=config.cache and os.path.abspath(config.cache),
         precision=choose_precision(config.precision, device).name,
         compile=choose_compile(config.compile, device),
-        loader=choose_loader(config.loader, device),
         threads=choose_threads(config.threads).count,
     )
+
+
+def settle_loader(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """`config` with the loader that suits the data set, where that is left to this machine."""
+    files = isinstance(dataset.train, FileSet)
+    loader = choose_loader(config.loader, torch.device(config.device), files=files)
+    return dataclasses.replace(config, loader=loader)
 
 
 def reasons_of(config: TrainConfig) -> dict[str, str]:
@@ -62,11 +68,15 @@ def reasons_of(config: TrainConfig) -> dict[str, str]:
 
 
 def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
-    """`config` with the precision of the run that is there, where it is left to the machine: another one, on another
-    processor, would be another run.
+    """`config` with the precision and the loader of the run that is there, where they are left to the machine: others,
+    on another processor, would be another run.
     """
-    begun = saved.get("precision")
-    return dataclasses.replace(config, precision=begun) if config.precision == "auto" and begun else config
+    begun = {
+        name: saved[name]
+        for name in ("precision", "loader")
+        if getattr(config, name) == "auto" and saved.get(name)
+    }
+    return dataclasses.replace(config, **begun)
 
 
 def load_data(config: TrainConfig, saved: dict[str, Any], console: Console) -> Dataset:

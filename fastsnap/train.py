@@ -26,6 +26,7 @@ from fastsnap.assembly import (
     reasons_of,
     require_room,
     settle,
+    settle_loader,
 )
 from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.fingerprint import image_sets, require_same_images
@@ -51,7 +52,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     reasons = reasons_of(config)
     if folder.exists() and not restart:
         begun = as_begun(config, folder.config())
-        if begun != config:
+        if begun.precision != config.precision:
             reasons |= {"precision": "as this run began"}
         config = begun
     config = settle(config)
@@ -59,6 +60,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     if not restart:
         _require_same(config, folder)
     dataset = load_data(config, folder.config() if folder.exists() and not restart else {}, console)
+    config = settle_loader(config, dataset)
     if restart or not is_finished(folder, planned_steps(config, dataset)):
         require_room(config, dataset, folder, restart=restart)
     with folder.locked(lambda text: print_line(console, text)):
