@@ -97,6 +97,7 @@ setup(
         # The wheel must match torch's CUDA; without one, the PyTorch pipeline gives the same batches.
         "dali": ["nvidia-dali-cuda130>=1.52,<3; platform_system == 'Linux'"],
         "bench": [],
+        "timm": ["timm>=1,<2"],
         "test": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",

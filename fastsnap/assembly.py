@@ -22,7 +22,7 @@ from fastsnap.device import choose_device, choose_precision, free_device_memory
 from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.limits import choose_threads, parse_bytes, require_memory, usual_budget
-from fastsnap.nets.build import build_network
+from fastsnap.nets.build import build_network, is_random
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.memory import (
@@ -126,6 +126,7 @@ def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder, *, re
         image_size=(height, width),
         shortcut=config.shortcut,
         stem_stride=config.stem_stride,
+        dropout=config.dropout,
         device="meta",
     )
     size, room = (
@@ -173,6 +174,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         image_size=(height, width),
         shortcut=config.shortcut,
         stem_stride=config.stem_stride,
+        dropout=config.dropout,
         seed=config.seed,
         # The compiler fuses what is plain PyTorch, and cannot look into a kernel.
         operations=PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS,
@@ -189,7 +191,9 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         compiled=config.compile == "on",
         graphed=device.type == "cuda" and config.update == "fused",
     )
-    return Trainer(network, optimizer, train_step, pipeline, schedule, len(dataset.train.labels), folder)
+    random_seed = config.seed if is_random(config.net, config.dropout) else None
+    images = len(dataset.train.labels)
+    return Trainer(network, optimizer, train_step, pipeline, schedule, images, folder, random_seed)
 
 
 def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:

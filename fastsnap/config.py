@@ -81,7 +81,9 @@ class TrainConfig:
     cycles: int = _option("M, learning-rate cycles = snapshots saved", default=RECIPE)
     epochs: int = _option("passes over the training images", default=RECIPE)
     net: str = _option(
-        "resnet<6n+2>, optionally x<width multiplier>: resnet20, resnet110, resnet32x4", default=RECIPE
+        "resnet<6n+2>[x<width>], preresnet<6n+2>, wrn-<6n+4>-<width>, densenet-<3n+4>-<growth>, torchvision:<name>, "
+        "timm:<name>; resnet50 alone is the CIFAR net of that depth",
+        default=RECIPE,
     )
     batch_size: int = _option("images per update", default=RECIPE)
     learning_rate: float = _option(
@@ -103,6 +105,7 @@ class TrainConfig:
     stem_stride: int = _option(
         "of the first convolution of a CIFAR network: 1, or 2 for larger images", default=RECIPE
     )
+    dropout: float = _option("of wrn and densenet nets, from 0 up to below 1", default=0.0)
     augment: str = _option(
         "training images: crop at random of a padded image; resized-crop: of 8 to 100 %% of the area, with colour "
         "jitter and lighting; none",
@@ -158,7 +161,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         datasets.check_name(self.dataset)
-        build.check_name(self.net)
+        _require(self, "stem_stride", "1 or 2", lambda value: value in (1, 2))
+        _require(self, "dropout", "at least 0 and below 1", lambda value: 0 <= value < 1)
+        build.check_options(self.net, self.shortcut, self.stem_stride, self.dropout)
         for name in ("cycles", "epochs", "batch_size", "train_images"):
             _require(self, name, f"from 1 to {LARGEST}", lambda value: 1 <= value <= LARGEST)
         _require(self, "threads", f"from 1 to {MOST_THREADS}", lambda value: 1 <= value <= MOST_THREADS)
@@ -176,7 +181,6 @@ class TrainConfig:
             lambda value: value >= 0 and _fp32(value) < math.inf,
         )
         _require(self, "validation", f"from 0 to {LARGEST}", lambda value: 0 <= value <= LARGEST)
-        _require(self, "stem_stride", "1 or 2", lambda value: value in (1, 2))
         _require(self, "image_size", "from 8 to 4096", lambda value: 8 <= value <= 4096)
         if self.memory is not None:
             _as_argument("memory", parse_bytes, self.memory)
@@ -225,6 +229,8 @@ def make_config(dataset: str = "digits", **given: Any) -> TrainConfig:
     recipe = dataclasses.asdict(RECIPES[dataset])
     if given.get("schedule") == "step":
         recipe["learning_rate"] = STANDARD_RATE
+    if given.get("net") and ":" in given["net"]:
+        recipe["stem_stride"] = 1  # a library's net has its own
     values = recipe | {name: value for name, value in given.items() if value is not None}
     what = _folder_name(values["data"]) if dataset == "folder" else dataset
     default_name = "{}-{net}-M{cycles}-s{seed}".format(what, **{"seed": 0} | values).replace(":", "-")
@@ -265,6 +271,7 @@ FREE_FIELDS = ("data", "out", "threads", "memory", "cache")
 ADDED_FIELDS: dict[str, Any] = {
     "augment": "crop",
     "stem_stride": 1,
+    "dropout": 0.0,
     "image_size": None,
     "skip_damaged": False,
 }

@@ -78,6 +78,7 @@ class Config:
     skip_damaged: bool = False
     storage: Literal["arrays", "files"] | None = None  # of a folder of pictures
     stem_stride: Count | None = None
+    dropout: Number | None = None
     class_names: list[Text] | None = None
     mean: list[Number] | None = None  # per channel, 0 to 255
     std: list[Rate] | None = None

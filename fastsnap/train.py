@@ -33,6 +33,9 @@ from fastsnap.data.fingerprint import image_sets, require_same_images
 from fastsnap.data.sources import Dataset
 from fastsnap.device import choose_device
 from fastsnap.ensemble.report import report_run
+from fastsnap.nets import names
+from fastsnap.nets.build import SHORTENS
+from fastsnap.nets.cost import cost_of
 from fastsnap.printing import is_lost, make_console, print_error, print_failure, print_line
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_state import is_finished, require_config, set_aside
@@ -119,14 +122,23 @@ def _print_summary(
     console: Console, config: TrainConfig, reasons: dict[str, str], dataset: Dataset, trainer: Trainer
 ) -> None:
     """config: settled; reasons: see assembly.reasons_of."""
-    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+    cost = cost_of(
+        config.net,
+        image_size=dataset.train.shape[:2],
+        in_channels=dataset.train.shape[2],
+        classes=len(dataset.classes),
+        shortcut=config.shortcut,
+        stem_stride=config.stem_stride,
+        dropout=config.dropout,
+    )
     size = "x".join(str(length) for length in dataset.train.shape)
     device = torch.device(config.device)
     rows = {
         "data": f"{config.dataset}: {len(dataset.train.labels):,} training images {size}, {config.validation:,} held "
         f"out, {len(dataset.test.labels):,} test images, {len(dataset.classes)} classes",
         "source": dataset.source,
-        "net": f"{config.net}, {parameters:,} parameters, shortcut {config.shortcut}",
+        "net": f"{config.net}, {cost.parameters:,} parameters, {cost.gflop:.3g} GFLOP per image "
+        f"({cost.training_gflop:.3g} in training)" + _options_text(config),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "threads": f"{config.threads} ({reasons['threads']})",
         "precision": f"{config.precision} ({reasons['precision']})",
@@ -136,8 +148,19 @@ def _print_summary(
         f"{config.epochs} epochs, {config.cycles} cycles, lr {config.learning_rate}",
         "run": f"{trainer.folder.path}, seed {config.seed}",
     }
+    remark = names.note(config.net, dataset.train.shape[:2])
+    if remark:
+        rows["net"] += f"; {remark}"
     for name, text in rows.items():
         print_line(console, f"{name:9s} {text}")
+
+
+def _options_text(config: TrainConfig) -> str:
+    """Of the network, those that have an effect on it."""
+    family = names.parse_name(config.net).family
+    texts = [f", shortcut {config.shortcut}"] if family in SHORTENS else []
+    texts += [f", stride {config.stem_stride} in the first convolution"] if config.stem_stride != 1 else []
+    return "".join(texts + ([f", dropout {config.dropout}"] if config.dropout else []))
 
 
 def main(arguments: list[str] | None = None) -> int:

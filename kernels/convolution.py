@@ -9,6 +9,8 @@ kernel gives it in fp32, where autocast's is rounded to bf16. Forward and the gr
 which come near what the processor can do.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -29,15 +31,19 @@ def reference_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
     return convolution(input)
 
 
-def fast_convolution(convolution: nn.Conv2d, input: Tensor) -> Tensor:
+def fast_convolution(
+    convolution: nn.Conv2d, input: Tensor, otherwise: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """The same, in a CPU kernel where one can be used: see `is_winograd_supported` and `is_supported`. Then backward
     once, and hooks on `convolution` are not called.
+
+    otherwise  takes what no kernel does; default: the reference
     """
     if is_winograd_supported(convolution, input):
         return WinogradConvolution.apply(input, convolution.weight)
     if is_supported(convolution, input):
         return Convolution.apply(input, convolution.weight, convolution.stride[0])
-    return reference_convolution(convolution, input)
+    return reference_convolution(convolution, input) if otherwise is None else otherwise(input)
 
 
 def is_winograd_supported(convolution: nn.Conv2d, input: Tensor) -> bool:

@@ -128,6 +128,7 @@ def network_of(config: dict[str, Any], dataset: Dataset, folder: RunFolder, devi
             image_size=(height, width),
             shortcut=config["shortcut"],
             stem_stride=config.get("stem_stride") or 1,
+            dropout=config.get("dropout") or 0.0,
             operations=KERNEL_OPERATIONS,
             device=device,
         )

@@ -4,9 +4,7 @@ Depth 6n+2: a 3x3 convolution to 16 channels, three stages of n basic blocks wit
 width multiplier), global average pooling and a linear layer. Initialisation and shortcuts follow the authors' code.
 """
 
-import difflib
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,6 @@ STEM_CHANNELS = 16
 SHORTCUTS = ("A", "B", "C")
 FP32: dict[str, Any] = {"dtype": torch.float32}  # the weights, whatever torch's default is
 SMALLEST_IMAGE = 8  # pixels; the last stage then still sees 2x2
-EXAMPLES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet32x4")
 
 
 @dataclass(frozen=True)
@@ -39,32 +36,20 @@ PLAIN_OPERATIONS = Operations(reference_convolution, reference_batch_norm_relu)
 KERNEL_OPERATIONS = Operations(fast_convolution, fused_batch_norm_relu)
 
 
-def parse_name(name: str) -> tuple[int, int]:
-    """Blocks per stage and width multiplier of a name such as "resnet110" or "resnet32x4".
-
-    Raises ValueError, with the nearest valid names, for anything that is not resnet<6n+2>[x<k>] with n, k >= 1.
-    """
-    match = re.fullmatch(r"resnet(\d{1,4})(?:x(\d{1,3}))?", name)
-    if match:
-        depth, width = int(match[1]), int(match[2] or 1)
-        if depth >= 8 and depth % 6 == 2 and width >= 1:
-            return depth // 6, width
-        blocks = max(1, (depth - 2) // 6)
-        suffix = f"x{width}" if match[2] and width else ""
-        nearest = [f"resnet{6 * n + 2}{suffix}" for n in (blocks, blocks + 1)]
-    else:
-        nearest = difflib.get_close_matches(name, EXAMPLES, n=3, cutoff=0.4) or list(EXAMPLES)
-    raise ValueError(
-        f"unknown net {name!r}: a net is resnet<6n+2>, optionally x<width multiplier>; nearest: {', '.join(nearest)}"
-    )
-
-
-def _convolution(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Conv2d:
+def convolution(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Conv2d:
+    """Without a bias, initialised as the authors' code does: N(0, sqrt(2 / (k k out_channels)))."""
     convolution = nn.Conv2d(
         in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False, **FP32
     )
     nn.init.normal_(convolution.weight, std=math.sqrt(2 / (kernel * kernel * out_channels)))
     return convolution
+
+
+def require_image_size(images: Tensor, stem_stride: int) -> None:
+    """Raise ValueError for images [N, C, H, W] of which the last stage would see less than 2x2."""
+    smallest = SMALLEST_IMAGE * stem_stride
+    if min(images.shape[2:]) < smallest:
+        raise ValueError(f"images must be at least {smallest} pixels wide and high, got {list(images.shape)}")
 
 
 class PaddedIdentity(nn.Module):
@@ -83,7 +68,7 @@ def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn
     same_shape = in_channels == out_channels and stride == 1
     if kind == "C" or (kind == "B" and not same_shape):
         return nn.Sequential(
-            _convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels, **FP32)
+            convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels, **FP32)
         )
     return nn.Identity() if same_shape else PaddedIdentity(out_channels - in_channels, stride)
 
@@ -96,9 +81,9 @@ class BasicBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.operations = operations
-        self.conv1 = _convolution(in_channels, out_channels, 3, stride)
+        self.conv1 = convolution(in_channels, out_channels, 3, stride)
         self.bn1 = nn.BatchNorm2d(out_channels, **FP32)
-        self.conv2 = _convolution(out_channels, out_channels, 3, 1)
+        self.conv2 = convolution(out_channels, out_channels, 3, 1)
         self.bn2 = nn.BatchNorm2d(out_channels, **FP32)
         self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
 
@@ -123,8 +108,8 @@ class ResNet(nn.Module):
         operations: Operations,
     ) -> None:
         super().__init__()
-        self.operations = operations
-        self.conv1 = _convolution(in_channels, STEM_CHANNELS, 3, stem_stride)
+        self.operations, self.stem_stride = operations, stem_stride
+        self.conv1 = convolution(in_channels, STEM_CHANNELS, 3, stem_stride)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS, **FP32)
         channels = STEM_CHANNELS
         stages = []
@@ -141,54 +126,6 @@ class ResNet(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        if min(images.shape[2:]) < SMALLEST_IMAGE:
-            raise ValueError(
-                f"images must be at least {SMALLEST_IMAGE} pixels wide and high, got {list(images.shape)}"
-            )
+        require_image_size(images, self.stem_stride)
         hidden = self.operations.batch_norm_relu(self.bn1, self.conv1(images))
         return self.linear(self.stages(hidden).mean(dim=(2, 3)))
-
-
-def build_network(
-    name: str,
-    *,
-    classes: int,
-    in_channels: int = 3,
-    shortcut: str = "A",
-    stem_stride: int = 1,
-    seed: int = 0,
-    operations: Operations = PLAIN_OPERATIONS,
-    device: str = "cpu",
-) -> ResNet:
-    """A freshly initialised network, fp32; the same seed gives the same weights, whatever was drawn before.
-
-    name         "resnet<6n+2>" or "resnet<6n+2>x<width multiplier>"
-    classes      >= 1
-    in_channels  1 to 3
-    shortcut     "A": strided identity and zero-padded channels; "B": 1x1 convolution + BN where the shape changes;
-                 "C": 1x1 convolution + BN everywhere
-    stem_stride  of the first convolution: 1, or 2 for images of 64 pixels (the authors' Tiny ImageNet)
-    operations   PLAIN_OPERATIONS or KERNEL_OPERATIONS, which on a CPU trains faster
-    device       "cpu", or "meta": shapes without memory, to see what the network would need
-    Raises ValueError for other values.
-    """
-    blocks, width = parse_name(name)
-    if shortcut not in SHORTCUTS:
-        raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
-    if not 1 <= in_channels <= 3:
-        raise ValueError(f"in_channels must be 1, 2 or 3, got {in_channels}")
-    if stem_stride not in (1, 2):
-        raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride}")
-    if classes < 1:
-        raise ValueError(f"classes must be at least 1, got {classes}")
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        return ResNet(
-            blocks,
-            width,
-            classes=classes,
-            in_channels=in_channels,
-            shortcut=shortcut,
-            stem_stride=stem_stride,
-            operations=operations,
-        )

@@ -5,6 +5,7 @@ import signal
 import time
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fastsnap.data.archives import DataError
@@ -24,6 +25,7 @@ LOG_SECONDS = 2.0  # most seconds between two looks, for slow steps
 CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epochs
 WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
 ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
+STEPS_PER_SEED = 2**40  # so that no step of one seed is a step of the next
 LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
 
 
@@ -48,6 +50,7 @@ class Trainer:
     network    the plain module; its parameters are views of optimizer.flat
     optimizer  fastsnap.training.optim.SnapshotSGD, or fastsnap.training.apex.ApexSGD, which has the same state
     pipeline   batches of `images` training images
+    random_seed  of what a step draws within the network; None: it draws nothing
     """
 
     def __init__(
@@ -59,9 +62,11 @@ class Trainer:
         schedule: Schedule,
         images: int,
         folder: RunFolder,
+        random_seed: int | None = None,
     ) -> None:
         self.network, self.optimizer, self.train_step = network, optimizer, train_step
         self.pipeline, self.schedule, self.images, self.folder = pipeline, schedule, images, folder
+        self.random_seed = random_seed
         self.step = 0  # updates done
         self.seconds = 0.0  # spent training until the current session
         self._session_start = self._epoch_start = time.perf_counter()
@@ -95,11 +100,17 @@ class Trainer:
         with stop_signals() as stop:
             while self.step < self.schedule.steps:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
+                    self._seed_network()
                     self.train_step(images, labels)
                     self.step += 1
                     self._notice_warm_up(images.shape)
                     lost = signal.SIGPIPE if display.lost else None
                     self._after_step(display, stop.signal_number or lost)
+
+    def _seed_network(self) -> None:
+        """Dropout and stochastic depth draw from PyTorch's generators: a function of seed and step, as all else is."""
+        if self.random_seed is not None:
+            torch.manual_seed((self.random_seed * STEPS_PER_SEED + self.step) % 2**63)
 
     def _notice_warm_up(self, shape: tuple[int, ...]) -> None:
         """Leave the first steps, and the first of a batch size (the compiler starts again), out of the estimate."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsnap.nets.build import build_network
-from fastsnap.nets.resnet import parse_name
+from fastsnap.nets.names import NetName, parse_name
 
 
 def parameter_count(name: str, **options) -> int:
@@ -73,7 +73,7 @@ def test_weights_follow_from_the_seed_alone() -> None:
     ("name", "parsed"), [("resnet8", (1, 1)), ("resnet50", (8, 1)), ("resnet32x4", (5, 4))]
 )
 def test_a_name_gives_blocks_per_stage_and_width(name: str, parsed: tuple[int, int]) -> None:
-    assert parse_name(name) == parsed
+    assert parse_name(name) == NetName("resnet", *parsed)
 
 
 @pytest.mark.parametrize(
