@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,23 +60,30 @@ def key_of(*parts: Any) -> str:
 
 
 def open_or_make(
-    folder: Path, name: str, make: Callable[["Maker"], dict[str, Any]], say: Callable[[str], None]
+    folder: Path,
+    name: str,
+    needs: Collection[str],
+    make: Callable[["Maker"], dict[str, Any]],
+    say: Callable[[str], None],
 ) -> Entry:
     """The entry `name` of the cache in `folder`; if it is not there, or is damaged, it is made.
 
-    make  is given a Maker to get arrays from, fills them and returns the facts
-    say   is told what the user should know: of a damaged entry, of another process that is waited for
+    needs  names of the arrays that it must hold
+    make   is given a Maker to get arrays from, fills them and returns the facts
+    say    is told what the user should know: of a damaged entry, of another process that is waited for
     Of several processes one makes it, the others wait. Raises DataError, with what to do, for a folder that cannot be
     written to and for a full disk; what was half made is removed.
     """
-    entry = _opened(folder / name, say)
+    entry = _opened(folder / name, needs, say)
     if entry is not None:
         return entry
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock", say):
-            entry = _opened(folder / name, lambda text: None)  # another process may have made it meanwhile
-            return entry if entry is not None else _made(folder, name, make)
+            entry = _opened(
+                folder / name, needs, lambda text: None
+            )  # another process may have made it meanwhile
+            return entry if entry is not None else _made(folder, name, needs, make)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space" if full else "make it writable"
@@ -134,7 +141,7 @@ def _take(descriptor: int, size: int) -> None:
             os.pwrite(descriptor, block[: size - start], start)
 
 
-def _made(folder: Path, name: str, make: Callable[[Maker], dict[str, Any]]) -> Entry:
+def _made(folder: Path, name: str, needs: Collection[str], make: Callable[[Maker], dict[str, Any]]) -> Entry:
     for left in folder.glob(
         f".{name}.*.tmp"
     ):  # of a process that was killed: who makes this one holds the lock
@@ -152,7 +159,7 @@ def _made(folder: Path, name: str, make: Callable[[Maker], dict[str, Any]]) -> E
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    entry = _opened(folder / name, lambda text: None)
+    entry = _opened(folder / name, needs, lambda text: None)
     if entry is None:
         raise DataError(
             f"{folder / name} was damaged as soon as it was written: choose another folder with --cache"
@@ -160,7 +167,7 @@ def _made(folder: Path, name: str, make: Callable[[Maker], dict[str, Any]]) -> E
     return entry
 
 
-def _opened(path: Path, say: Callable[[str], None]) -> Entry | None:
+def _opened(path: Path, needs: Collection[str], say: Callable[[str], None]) -> Entry | None:
     """The entry in `path`, mapped into memory; None if there is none, or one that is not what was written."""
     if not path.is_dir():
         return None
@@ -170,6 +177,8 @@ def _opened(path: Path, say: Callable[[str], None]) -> Entry | None:
         meta = json.loads((path / META).read_bytes())
         if meta["version"] != VERSION:
             raise ValueError(f"it is of version {meta['version']}")
+        if not set(needs) <= meta["files"].keys():
+            raise ValueError(f"it lacks {', '.join(sorted(set(needs) - meta['files'].keys()))}")
         # "c": what is written stays in this process. A read-only map would make PyTorch warn.
         arrays = {name: np.load(path / f"{name}.npy", mmap_mode="c") for name in meta["files"]}
         for name, array in arrays.items():

@@ -114,7 +114,10 @@ def _surveyed(layout: Layout, wishes: Wishes) -> tuple[Split, Split, bool]:
                 maker.array(f"{kind}-{name}", values.shape, values.dtype)[:] = values
         return {}
 
-    arrays = cache.open_or_make(cache.cache_folder(wishes.cache), f"headers-{key}", make, wishes.say).arrays
+    needs = [f"{kind}-{name}" for kind in SURVEYED for name in parts]
+    arrays = cache.open_or_make(
+        cache.cache_folder(wishes.cache), f"headers-{key}", needs, make, wishes.say
+    ).arrays
     splits = [
         Split(
             part.names,
@@ -175,7 +178,8 @@ def _decoded(
         damaged = [reason for decoding in work for _, reason in sorted(decoding.damaged.items())]
         return {"mean": mean, "std": std, "background": background, "damaged": damaged}
 
-    return cache.open_or_make(cache.cache_folder(wishes.cache), f"{storage}-{key}", make, wishes.say)
+    needs = ["kept-train", "kept-test", *(("train", "test") if storage == ARRAYS else ())]
+    return cache.open_or_make(cache.cache_folder(wishes.cache), f"{storage}-{key}", needs, make, wishes.say)
 
 
 def _say_what(entry: cache.Entry, size: int, storage: str, needed: int, wishes: Wishes) -> None:
