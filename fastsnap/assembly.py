@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from fastsnap import __version__
 from fastsnap.config import TrainConfig
@@ -23,6 +24,7 @@ from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.limits import choose_threads, parse_bytes, require_memory, usual_budget
 from fastsnap.nets.build import build_network, is_random
+from fastsnap.nets.initial import InitialWeights, begin_with, classifier_names
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.memory import (
@@ -45,6 +47,7 @@ def settle(config: TrainConfig) -> TrainConfig:
         device=device.type,
         data=os.path.abspath(config.data),  # the run is evaluated from other folders too
         cache=config.cache and os.path.abspath(config.cache),
+        initial=config.initial and os.path.abspath(config.initial),
         precision=choose_precision(config.precision, device).name,
         compile=choose_compile(config.compile, device),
         threads=choose_threads(config.threads).count,
@@ -119,16 +122,7 @@ def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder, *, re
             f"batch_size must be at most the {count:,} training images, got {config.batch_size:,}: use --batch-size "
             f"{count}"
         )
-    network = build_network(
-        config.net,
-        classes=len(dataset.classes),
-        in_channels=channels,
-        image_size=(height, width),
-        shortcut=config.shortcut,
-        stem_stride=config.stem_stride,
-        dropout=config.dropout,
-        device="meta",
-    )
+    network = build_network(config.net, **network_options(config, dataset), device="meta")
     size, room = (
         footprint(network, (channels, height, width)),
         free_device_memory(torch.device(config.device)),
@@ -149,10 +143,34 @@ def planned_steps(config: TrainConfig, dataset: Dataset) -> int:
     return config.epochs * training_steps(len(dataset.train.labels), config.batch_size)
 
 
+def network_options(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """What `build_network` is told besides the name, the seed and the operations."""
+    height, width, channels = dataset.train.shape
+    return {
+        "classes": len(dataset.classes),
+        "in_channels": channels,
+        "image_size": (height, width),
+        "shortcut": config.shortcut,
+        "stem_stride": config.stem_stride,
+        "dropout": config.dropout,
+    }
+
+
+def begin_with_initial(
+    config: TrainConfig, dataset: Dataset, trainer: Trainer, initial: InitialWeights
+) -> str:
+    """Give the trainer's network the weights to begin with; returns what was done, for the summary."""
+    options = network_options(config, dataset)
+
+    def build(classes: int) -> nn.Module:
+        return build_network(config.net, **options | {"classes": classes}, device="meta")
+
+    return begin_with(trainer.network, initial, classifier_names(build, len(dataset.classes)))
+
+
 def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:
     """A trainer at step 0. `config` has no "auto" left: see `settle`."""
     device = torch.device(config.device)
-    height, width, channels = dataset.train.shape
     pipeline = make_pipeline(
         dataset.train,
         batch_size=config.batch_size,
@@ -167,18 +185,10 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
     schedule = Schedule(
         config.schedule, config.epochs * pipeline.steps_per_epoch, config.cycles, config.learning_rate
     )
-    network = build_network(
-        config.net,
-        classes=len(dataset.classes),
-        in_channels=channels,
-        image_size=(height, width),
-        shortcut=config.shortcut,
-        stem_stride=config.stem_stride,
-        dropout=config.dropout,
-        seed=config.seed,
-        # The compiler fuses what is plain PyTorch, and cannot look into a kernel.
-        operations=PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS,
-    )
+    # The compiler fuses what is plain PyTorch, and cannot look into a kernel.
+    operations = PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS
+    options = network_options(config, dataset)
+    network = build_network(config.net, **options, seed=config.seed, operations=operations)
     network = network.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(
         config.update, network, schedule, momentum=config.momentum, weight_decay=config.weight_decay
@@ -196,8 +206,8 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
     return Trainer(network, optimizer, train_step, pipeline, schedule, images, folder, random_seed)
 
 
-def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """config.json: the configuration, the data it was trained on, and the versions that trained it."""
+def describe(config: TrainConfig, dataset: Dataset, initial: InitialWeights | None = None) -> dict[str, Any]:
+    """config.json: the configuration, the data and the weights it began with, and the versions that trained it."""
     images = {"train": len(dataset.train.labels), "test": len(dataset.test.labels)}
     if dataset.validation is not None:
         images["validation"] = len(dataset.validation.labels)
@@ -211,6 +221,7 @@ def describe(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
         "image_shape": list(dataset.test.shape),
         "resize": dataset.resize,
         "storage": dataset.storage,
+        "initial_sha256": initial.sha256 if initial else None,
         "data_source": dataset.source,
         "versions": {
             "fastsnap": __version__,

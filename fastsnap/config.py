@@ -105,6 +105,11 @@ class TrainConfig:
     stem_stride: int = _option(
         "of the first convolution of a CIFAR network: 1, or 2 for larger images", default=RECIPE
     )
+    initial: str | None = _option(
+        "weights to begin with: a run (its last snapshot), a snapshot, a safetensors or a PyTorch file; a classifier "
+        "of another size is made anew",
+        default=None,
+    )
     dropout: float = _option("of wrn and densenet nets, from 0 up to below 1", default=0.0)
     augment: str = _option(
         "training images: crop at random of a padded image; resized-crop: of 8 to 100 %% of the area, with colour "
@@ -264,9 +269,10 @@ def _require(config: TrainConfig, name: str, condition: str, holds: Any) -> None
         raise ValueError(f"{name}{f' (--{flag})' if flag else ''} must be {condition}, got {value}")
 
 
-# Where the files lie does not change the result, and threads only its last bits, which a resumed run says. All
+# Where the files lie does not change the result, and threads only its last bits, which a resumed run says. The initial
+# weights are compared by their hash. All
 # else is another run.
-FREE_FIELDS = ("data", "out", "threads", "memory", "cache")
+FREE_FIELDS = ("data", "out", "threads", "memory", "cache", "initial")
 # What came after version 0.1.0, and what it means for a run that knows nothing of it.
 ADDED_FIELDS: dict[str, Any] = {
     "augment": "crop",

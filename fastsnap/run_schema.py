@@ -79,6 +79,8 @@ class Config:
     storage: Literal["arrays", "files"] | None = None  # of a folder of pictures
     stem_stride: Count | None = None
     dropout: Number | None = None
+    initial: Text | None = None
+    initial_sha256: Sha256 | None = None
     class_names: list[Text] | None = None
     mean: list[Number] | None = None  # per channel, 0 to 255
     std: list[Rate] | None = None

@@ -19,9 +19,11 @@ from rich.console import Console
 
 from fastsnap.assembly import (
     as_begun,
+    begin_with_initial,
     build_trainer,
     describe,
     load_data,
+    network_options,
     planned_steps,
     reasons_of,
     require_room,
@@ -36,6 +38,7 @@ from fastsnap.ensemble.report import report_run
 from fastsnap.nets import names
 from fastsnap.nets.build import SHORTENS
 from fastsnap.nets.cost import cost_of
+from fastsnap.nets.initial import read_initial, require_same_initial
 from fastsnap.printing import is_lost, make_console, print_error, print_failure, print_line
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_state import is_finished, require_config, set_aside
@@ -66,9 +69,13 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     config = settle_loader(config, dataset)
     if restart or not is_finished(folder, planned_steps(config, dataset)):
         require_room(config, dataset, folder, restart=restart)
+    # Of a run that has weights of its own, those that it began with may be gone.
+    begins = restart or not folder.bytes_of_tensors()
+    initial = read_initial(config.initial) if config.initial is not None and begins else None
     with folder.locked(lambda text: print_line(console, text)):
         # First: what cannot be begun must not move a run aside.
         trainer = build_trainer(config, dataset, folder)
+        began = begin_with_initial(config, dataset, trainer, initial) if initial else ""
         if restart:
             moved = set_aside(folder)
             if moved:
@@ -77,8 +84,10 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
         if folder.exists():
             require_same_images(image_sets(dataset), folder.config(), str(folder.path))
         _print_summary(console, config, reasons, dataset, trainer)
+        if began:
+            print_line(console, f"initial   {began}")
         if not folder.exists():
-            folder.write_json("config.json", describe(config, dataset))
+            folder.write_json("config.json", describe(config, dataset, initial))
         resumed = trainer.resume()
         if trainer.step == trainer.schedule.steps:
             print_line(console, f"this run is finished: {folder.path}")
@@ -104,6 +113,8 @@ def _require_same(config: TrainConfig, folder: RunFolder) -> None:
             f"{folder.path} holds a run of another configuration ({fields}). Choose another --out (make: OUT=...), "
             "give the same values to go on with it, or add --restart to move it aside"
         )
+    if folder.exists():
+        require_same_initial(config.initial, folder.config(), str(folder.path))
 
 
 def _print_changes(console: Console, began: dict[str, Any]) -> None:
@@ -122,15 +133,7 @@ def _print_summary(
     console: Console, config: TrainConfig, reasons: dict[str, str], dataset: Dataset, trainer: Trainer
 ) -> None:
     """config: settled; reasons: see assembly.reasons_of."""
-    cost = cost_of(
-        config.net,
-        image_size=dataset.train.shape[:2],
-        in_channels=dataset.train.shape[2],
-        classes=len(dataset.classes),
-        shortcut=config.shortcut,
-        stem_stride=config.stem_stride,
-        dropout=config.dropout,
-    )
+    cost = cost_of(config.net, **network_options(config, dataset))
     size = "x".join(str(length) for length in dataset.train.shape)
     device = torch.device(config.device)
     rows = {
