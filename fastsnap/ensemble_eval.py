@@ -21,6 +21,7 @@ from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS, choose_device
 from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.ensemble.inputs import SPLITS
 from fastsnap.ensemble.report import report_run
+from fastsnap.ensemble.views import MIRROR, ONE, TEN_CROP
 from fastsnap.limits import THREADS_HELP, choose_threads
 from fastsnap.printing import ArgumentParser, OutputLost, is_lost, make_console, print_error, print_failure
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
@@ -62,6 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         default="test",
         help="images to evaluate on; validation: those held out of training (default: test)",
     )
+    views = parser.add_mutually_exclusive_group()
+    for view, text in (
+        (MIRROR, "each image and its mirror image"),
+        (TEN_CROP, "the four corners and the centre, mirrored too"),
+    ):
+        views.add_argument(
+            f"--{view}",
+            dest="views",
+            action="store_const",
+            const=view,
+            default=ONE,
+            help=f"average probabilities over {text}",
+        )
     parser.add_argument(
         "--json",
         metavar="PATH",
@@ -143,6 +157,7 @@ def _evaluate(options: argparse.Namespace) -> Console:
         batch_size=options.batch_size,
         device=choose_device(options.device),
         precision=options.precision,
+        views=options.views,
     )
     return console
 

@@ -12,6 +12,7 @@ from fastsnap.data.datasets import Dataset
 from fastsnap.data.fingerprint import require_same_images
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
+from fastsnap.data.sources import FileSet
 from fastsnap.device import AUTOCAST_DTYPES, choose_device
 from fastsnap.ensemble.inputs import (
     choose_snapshots,
@@ -22,6 +23,7 @@ from fastsnap.ensemble.inputs import (
     require_evaluation_memory,
 )
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
+from fastsnap.ensemble.views import ONE, TEN_CROP, CornerFiles, average_views, require_views, views_of
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_schema import SnapshotEntry, check_plan
 
@@ -35,6 +37,7 @@ class Report:
 
     precision  of the forward passes: its name, why it was taken (precision_reason) and what the run was trained in
                (trained_precision)
+    views      of each image, of which probabilities are averaged: see views.VIEWS
     planned    snapshots that the finished run has; more than `saved` while it goes on
     saved      snapshots in the run folder; more than `snapshots` holds if some were chosen
     snapshots  those evaluated, in the order of the run
@@ -51,6 +54,7 @@ class Report:
     precision_reason: str
     trained_precision: str
     device: str
+    views: str
     planned: int
     saved: int
     snapshots: tuple[SnapshotEntry, ...]
@@ -68,6 +72,7 @@ class Report:
             "precision",
             "trained_precision",
             "device",
+            "views",
             "planned",
         )
         members = zip(self.snapshots, self.metrics.alone, strict=True)
@@ -99,6 +104,7 @@ def evaluate_run(
     batch_size: int = BATCH_SIZE,
     device: torch.device | None = None,
     precision: str = "auto",
+    views: str = ONE,
     on_member: OnMember | None = None,
     check_memory: bool = True,
 ) -> Report:
@@ -111,6 +117,7 @@ def evaluate_run(
     batch_size  images per forward pass
     device      default: CUDA if there is one, else the CPU
     precision   of the forward passes, "auto", "bf16", "fp16" or "fp32", whatever the run was trained in
+    views       of each image that are averaged: "one", "mirror" or "ten-crop"
     on_member   called before each member's forward passes
     check_memory  False for a process that has just trained: what it keeps for itself counts as taken, and it asked
                 before it began
@@ -123,6 +130,7 @@ def evaluate_run(
     entries = choose_snapshots(folder, snapshots)
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
     dataset = dataset or load_data(config, data, folder)
+    require_views(views, dataset.augmentation)
     image_set = choose_split(dataset, split, folder)
     require_same_images({split: image_set}, config, str(folder.path))
     device = device or choose_device("auto")
@@ -132,20 +140,18 @@ def evaluate_run(
             config, dataset, folder, device, batch_size, len(image_set.labels), len(entries)
         )
     network = network_of(config, dataset, folder).to(memory_format=torch.channels_last).to(device)
-    pipeline = make_pipeline(
-        image_set,
-        batch_size=batch_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=device,
-    )
+    pipeline = _pipeline(config, data, folder, dataset, split, views, batch_size=batch_size, device=device)
     start = time.perf_counter()
     labels_N = torch.from_numpy(image_set.labels).to(device)
     logits_MNC = torch.empty(
         len(entries), len(labels_N), len(dataset.classes), dtype=torch.float32, device=device
     )
     fill_member_logits(
-        logits_MNC, network, folder, entries, pipeline, precision=computed.name, on_member=on_member
+        *(logits_MNC, network, folder, entries, pipeline),
+        precision=computed.name,
+        views=views,
+        padding=dataset.augmentation.padding,
+        on_member=on_member,
     )
     metrics = measure_members(logits_MNC, labels_N)
     return Report(
@@ -158,11 +164,40 @@ def evaluate_run(
         precision_reason=computed.reason,
         trained_precision=config["precision"],
         device=device.type,
+        views=views,
         planned=config["cycles"],
         saved=len(folder.snapshots()),
         snapshots=tuple(entries),
         metrics=metrics,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _pipeline(
+    config: dict[str, Any],
+    data: str | None,
+    folder: RunFolder,
+    dataset: Dataset,
+    split: str,
+    views: str,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Pipeline:
+    """Over the images of the split; of resized crops, with their corners where those are asked for."""
+    if views == TEN_CROP and dataset.augmentation.kind == "resized-crop":
+        files = choose_split(load_data(config, data, folder, storage="files"), split, folder)
+        if not isinstance(files, FileSet):
+            raise RunError(
+                "--ten-crop of resized crops needs the files of the images, which this data set has not"
+            )
+        return CornerFiles(files, batch_size, dataset.mean, dataset.std, device, torch.get_num_threads())
+    return make_pipeline(
+        choose_split(dataset, split, folder),
+        batch_size=batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=device,
     )
 
 
@@ -175,6 +210,8 @@ def fill_member_logits(
     pipeline: Pipeline,
     *,
     precision: str = "fp32",
+    views: str = ONE,
+    padding: int = 0,
     on_member: OnMember | None = None,
 ) -> None:
     """Fill `logits_MNC`, float32 on the network's device, with each snapshot's outputs for the images.
@@ -194,12 +231,18 @@ def fill_member_logits(
         # Entered anew for each member: under no_grad, autocast would keep the first one's cast weights.
         with torch.autocast(logits_NC.device.type, dtype, enabled=dtype is not None):
             for images, _ in pipeline.epoch(0):
-                logits_NC[done : done + len(images)] = network(images)
+                logits_NC[done : done + len(images)] = _logits(network, images, views, padding)
                 done += len(images)
         if not torch.isfinite(logits_NC).all():
             raise RunError(
                 f"snapshot {entry.number} ({entry.file}) gives NaN or infinite logits: leave it out"
             )
+
+
+def _logits(network: nn.Module, images: Tensor, views: str, padding: int) -> Tensor:
+    if views == ONE:
+        return network(images)
+    return average_views(network(view) for view in views_of(views, images, padding))
 
 
 def _load_member(network: nn.Module, folder: RunFolder, entry: SnapshotEntry) -> None:

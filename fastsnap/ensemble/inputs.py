@@ -41,8 +41,13 @@ def choose_snapshots(folder: RunFolder, numbers: Sequence[int] | None) -> list[S
     return [entry for entry in entries if entry.number in numbers]
 
 
-def load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Dataset:
-    """Never downloaded: the run was trained on data that are somewhere."""
+def load_data(
+    config: dict[str, Any], data: str | None, folder: RunFolder, storage: str | None = None
+) -> Dataset:
+    """Never downloaded: the run was trained on data that are somewhere.
+
+    storage  of a folder of pictures, "arrays" or "files"; None: as the run was trained
+    """
     if data and config["dataset"] == "digits":
         raise ValueError(
             f"data (--data) has no effect: the run was trained on scikit-learn's digits; got {data}"
@@ -50,7 +55,7 @@ def load_data(config: dict[str, Any], data: str | None, folder: RunFolder) -> Da
     shape = config.get("image_shape")
     wishes = Wishes(
         image_size=shape[0] if shape else None,
-        storage=config.get("storage"),
+        storage=storage or config.get("storage"),
         cache=config.get("cache"),
         skip_damaged=config.get("skip_damaged", False),
     )

@@ -17,6 +17,7 @@ from rich.console import Console
 from fastsnap.ensemble.evaluate import Report, evaluate_run
 from fastsnap.ensemble.plots import save_plots
 from fastsnap.ensemble.tables import print_report, ranges
+from fastsnap.ensemble.views import ONE
 from fastsnap.printing import OutputLost, print_line, write_output
 from fastsnap.run_files import RunError, require_writable, write_atomically
 from fastsnap.run_folder import RunFolder
@@ -79,6 +80,8 @@ def file_suffix(report: Report, asked_precision: str) -> str:
     numbers = [entry.number for entry in report.snapshots]
     if len(numbers) < report.saved:
         suffix += f"-snapshots-{ranges(numbers).replace(' ', '')}"
+    if report.views != ONE:
+        suffix += f"-{report.views}"
     if asked_precision not in ("auto", report.trained_precision):
         suffix += f"-{asked_precision}"
     if len(suffix) > LONGEST_SUFFIX:

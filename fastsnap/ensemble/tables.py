@@ -6,6 +6,7 @@ from rich.table import Table
 
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.metrics import Metrics
+from fastsnap.ensemble.views import ONE, VIEWS
 from fastsnap.printing import print_line
 
 WIDEST_TABLE = (
@@ -23,6 +24,10 @@ def print_report(report: Report, console: Console) -> None:
     if report.precision != report.trained_precision:
         paragraphs.append(
             f"Evaluated in {report.precision} ({report.precision_reason}), trained in {report.trained_precision}."
+        )
+    if report.views != ONE:
+        paragraphs.append(
+            f"Probabilities are averaged over members and {VIEWS[report.views]} views of each image ({report.views})."
         )
     if report.saved < report.planned:
         paragraphs.append(
