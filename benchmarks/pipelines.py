@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import pictures
 from fastsnap.assembly import build_trainer
 from fastsnap.data.pipeline import choose_loader
 from fastsnap.run_folder import RunFolder
@@ -59,6 +60,7 @@ def run(settings: Settings) -> Iterator[Result]:
     yield from _results(task, default, seconds)
     if missing:
         yield Result(NAME, CASE, OTHER[default], UNIT, "higher", missing=missing)
+    yield from pictures.run(settings)
 
 
 def _seconds_per_step(processes: dict[str, PacedProcess], quick: bool) -> dict[str, list[float]]:

@@ -67,6 +67,15 @@ def _parser() -> argparse.ArgumentParser:
         help="folder that holds CIFAR-100; without it, speed is measured on noise of its shape, accuracy on digits",
     )
     parser.add_argument(
+        "--images",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder of pictures, with train/ and val/, that the pipelines are measured on; may come several times "
+        "(default: made-up photographs)",
+    )
+    parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
@@ -115,6 +124,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace, names: Sequence[str]) -> "Settings":
     """What the benchmarks are told. Raises ValueError for what would only fail after minutes."""
+    from fastsnap.data.layouts import find_layout
     from fastsnap.device import choose_device
     from harness.measure import Settings
     from harness.task import load_images
@@ -128,6 +138,8 @@ def _settings(options: argparse.Namespace, names: Sequence[str]) -> "Settings":
     device = choose_device(options.device).type
     _check_precision(options.precision, device, names)
     load_images(options.data)
+    for folder in options.images:
+        find_layout(folder)
     out = options.out or Path("reports/quick" if options.quick else "reports")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +153,7 @@ def _settings(options: argparse.Namespace, names: Sequence[str]) -> "Settings":
         full=options.full,
         seeds=options.seeds,
         precision=options.precision,
+        images=tuple(options.images),
     )
 
 

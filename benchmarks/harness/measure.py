@@ -49,6 +49,7 @@ class Settings:
     full       the paper's setting, where a benchmark has one
     seeds      how many seeds the accuracy is measured with; None: the benchmark's own number
     precision  in which throughput and evaluation compare; None: see precisions.compared
+    images     folders of pictures that the pipelines are measured on; none: made-up ones
     """
 
     data: Path | None = None
@@ -58,6 +59,7 @@ class Settings:
     full: bool = False
     seeds: int | None = None
     precision: str | None = None
+    images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def _corners(images: Tensor, padding: int) -> list[Tensor]:
 
 
 class CornerFiles:
-    """See plan.Pipeline, but it yields images [B, 5, C, size, size]: the four corners and the centre of each test image,
-    whose shorter side is brought to `resize`.
+    """See plan.Pipeline, but it yields images [B, 5, C, size, size]: the four corners and the centre of each test
+    image, whose shorter side is brought to `resize`.
     """
 
     name = "corner-files"
