@@ -201,9 +201,14 @@ def _listing() -> Result:
     tracemalloc.start()
     names = [f"train/n{number % 1000:08d}/n{number % 1000:08d}_{number}.JPEG" for number in range(MANY)]
     layout = Names(names, np.zeros(MANY, np.int64))
-    pairs = {"sizes": np.zeros((MANY, 2), np.int32), "stamps": np.zeros((MANY, 2), np.int64)}
-    masks = {name: np.zeros(MANY, bool) for name in ("coloured", "transparent")}
-    split = Split(layout.names, layout.labels, direct=np.zeros(MANY, np.int8), **pairs, **masks)
+    split = Split(
+        *(layout.names, layout.labels),
+        sizes=np.zeros((MANY, 2), np.int32),
+        stamps=np.zeros((MANY, 2), np.int64),
+        transparent=np.zeros(MANY, bool),
+        coloured=np.zeros(MANY, bool),
+        direct=np.zeros(MANY, np.int8),
+    )
     per_file = tracemalloc.get_traced_memory()[0] / len(split.names)
     tracemalloc.stop()
     return Result(NAME, f"listing {MANY:,} made-up names", PROJECT, "bytes per file", "lower", (per_file,))

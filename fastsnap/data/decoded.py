@@ -67,48 +67,51 @@ class Decoding:
         self._images = maker.array(part, (len(split.names), *form.shape(split)), np.uint8) if keep else None
         self._shape = form.shape(split)
         self._kept = maker.array(f"kept-{part}", (len(split.names),), bool)
-        # Exact: integers, whatever the order in which the threads come.
-        self._sums = np.zeros((2, form.channels), np.int64)
-        self._pixels = 0
+        # Exact whatever the order in which the threads come: how often each channel has each value.
+        self._counts = np.zeros((form.channels, 256), np.int64)
 
     def run(self, chosen: NDArray[np.bool_], background: tuple[int, ...]) -> None:
         """Decode those of the mask."""
 
-        def work(index: int) -> tuple[int, str | None, NDArray[np.int64], int]:
+        def work(index: int) -> tuple[int, str | None, NDArray[np.int64] | None]:
             path = self._root / self.split.names[index]
-            nothing = np.zeros((2, self._form.channels), np.int64)
             try:
                 image = self._form.of(decode(path, self._form.channels, background))
                 if image.shape != self._shape:
                     raise DamagedImage(f"{path}: it changed while it was read")
-                if self._images is not None:
-                    self._images[index] = image
             except DamagedImage as error:
-                return index, str(error), nothing, 0
-            # Of rows in 32 bits, which hold 66,000 squares; of all in 64.
-            values = image.astype(np.uint32)
-            rows = [values.sum(1, dtype=np.uint32), np.square(values).sum(1, dtype=np.uint32)]
-            return index, None, np.stack([row.sum(0, dtype=np.int64) for row in rows]), values[..., 0].size
+                return index, str(error), None
+            if self._images is not None:
+                self._images[index] = image
+            return (
+                index,
+                None,
+                np.stack(
+                    [np.bincount(plane, minlength=256) for plane in image.reshape(-1, len(self._counts)).T]
+                ),
+            )
 
-        for index, reason, sums, pixels in in_threads(work, np.flatnonzero(chosen).tolist(), self._threads):
-            if reason is None:
-                self._kept[index] = True
+        for index, reason, counts in in_threads(work, np.flatnonzero(chosen).tolist(), self._threads):
+            if counts is None:
+                self.damaged[index] = reason or ""
             else:
-                self.damaged[index] = reason
-            self._sums += sums
-            self._pixels += pixels
+                self._kept[index] = True
+                self._counts += counts
             self._count(1)
 
     def mean(self, otherwise: int) -> tuple[int, ...]:
         """The mean colour so far, rounded; `otherwise` of no pixels."""
-        if not self._pixels:
-            return (otherwise,) * self._form.channels
-        return tuple(round(total / self._pixels) for total in self._sums[0].tolist())
+        if not self._counts.any():
+            return (otherwise,) * len(self._counts)
+        return tuple(round(value) for value in self._moment(1).tolist())
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel, 0 to 255; a channel of one value has deviation 1."""
-        count = max(1, self._pixels)
-        mean = self._sums[0] / count
-        variance = np.maximum(0, self._sums[1] / count - mean**2)
+        mean = self._moment(1)
+        variance = np.maximum(0, self._moment(2) - mean**2)
         std = np.where(variance > 0, np.sqrt(variance), 1.0)
         return [round(value, 4) for value in mean.tolist()], [round(value, 4) for value in std.tolist()]
+
+    def _moment(self, power: int) -> NDArray[np.float64]:
+        """The mean of the values' power, per channel."""
+        return (self._counts @ np.arange(256, dtype=np.int64) ** power) / max(1, int(self._counts[0].sum()))

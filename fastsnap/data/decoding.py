@@ -1,9 +1,11 @@
 """A picture file -> pixels as they are meant to be seen: EXIF orientation applied, alpha on a colour, grey or RGB.
 
 Pictures are untrusted input: their size is read from the header before memory is taken, and only these formats are
-tried, by content, whatever a file is called. torchvision decodes what it decodes to the bits of Pillow, twice as fast
-in threads; Pillow decodes the rest. Pixels of 16 bits become round(value / 257); half-transparent ones
-round((alpha * colour + (255 - alpha) * background) / 255); grey is Rec. 601's luma, as in Pillow.
+tried, by content, whatever a file is called. torchvision decodes JPEG and WebP to the bits of Pillow, and faster in
+threads; Pillow decodes the rest, PNG too, since a damaged one makes torchvision 0.29 crash.
+
+Pixels of 16 bits become round(value / 257); half-transparent ones round((alpha * colour + (255 - alpha) * background) /
+255); grey is Rec. 601's luma, as in Pillow.
 """
 
 import io
@@ -32,6 +34,7 @@ PLAIN_MODES = {
     "PNG": ("1", "L", "P", "RGB"),
     "WEBP": ("RGB",),
 }
+PNG = b"\x89PNG"
 PNG_DEPTH = 24  # where a PNG says its bits per channel
 ORIENTATION = 0x0112  # EXIF's tag
 RED, GREEN, BLUE, HALF = 19595, 38470, 7471, 1 << 15  # Rec. 601 in 16 bits, as Pillow has it
@@ -113,9 +116,12 @@ def decode_bytes(
     try:
         image = _open(io.BytesIO(content))
         header = _header(image, io.BytesIO(content))
-        if header.plain:
+        if image.format == "PNG":
+            _open(io.BytesIO(content)).verify()  # the checksums, at which decoders do not look
+        if header.plain and not content.startswith(PNG):
             pixels = _torchvision(content, image.mode in GREY_MODES)
         elif _has_sixteen_bits(image, io.BytesIO(content)):
+            image.load()  # raises where torchvision would crash
             pixels = _sixteen_bit_png(content, background)
         else:
             pixels = _pillow(image, background)
@@ -127,7 +133,10 @@ def decode_bytes(
 def decode_direct(content: bytes, name: str, channels: int, orientation: int) -> NDArray[np.uint8]:
     """As `decode_bytes`, of a file whose header was found to be plain, without looking at it again."""
     try:
-        pixels = _torchvision(content, channels == 1)
+        if content.startswith(PNG):
+            pixels = _with_channels(_pillow(_open(io.BytesIO(content)), ()), channels)
+        else:
+            pixels = _torchvision(content, channels == 1)
     except Exception as error:
         raise DamagedImage(f"{name}: {_reason(error)}") from error
     return _plain_array(_oriented(pixels, orientation))
