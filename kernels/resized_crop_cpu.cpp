@@ -1,9 +1,14 @@
 // Crops of uint8 images, brought to a size (antialiased bilinear), mirrored and coloured, one image per thread at a time.
 //
-// Rows first: sums of whole rows of bytes, which the compiler vectorises. Then columns, a pixel of three channels as a
-// vector of four, which is why a row ends in some room. The colour transform needs the mean of the resized image, so it
-// is a second pass over what is still in the cache. Each number has its one order of additions: neither the number of
-// threads nor the instruction set changes a bit.
+// Columns are resized pixel by pixel, three channels as a vector of four; rows by whole rows, which the compiler
+// vectorises. So whichever leaves fewer columns to resize goes first: the columns where the image is enlarged, the rows
+// where it shrinks. Either way a row is finished before the next one begins, and never leaves the nearest cache. For that
+// the mean of the resized image, which the colour transform needs, is taken beforehand: it is a weighted sum of the
+// pixels that come in. Each number has its one order of additions: neither threads nor instruction sets change a bit.
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -25,7 +30,7 @@ struct Crop {  // the same as the columns of `crops` in resized_crop_cpu.py
 // What each of `size` positions takes of `length` pixels: PyTorch's antialiased linear filter.
 struct Taps {
     std::vector<int64_t> first, count;
-    std::vector<float> weights;
+    std::vector<float> weights, totals;  // totals: what each pixel gives to all positions together
     int64_t most = 0;
 
     void fill(int64_t length, int64_t size) {
@@ -34,27 +39,34 @@ struct Taps {
         first.resize(size);
         count.resize(size);
         weights.assign(size * most, 0.0f);
+        std::vector<double> given(length), own(most);
         for (int64_t i = 0; i < size; ++i) {
             const double centre = scale * (i + 0.5);
             first[i] = std::max<int64_t>(static_cast<int64_t>(centre - support + 0.5), 0);
             const int64_t end = std::min<int64_t>(static_cast<int64_t>(centre + support + 0.5), length);
             count[i] = std::min(end - first[i], most);
             double sum = 0;
-            std::vector<double> own(most);
+            std::fill(own.begin(), own.end(), 0.0);
             for (int64_t k = 0; k < count[i]; ++k) {
                 own[k] = std::max(0.0, 1.0 - std::abs((first[i] + k + 0.5 - centre) / support));
                 sum += own[k];
             }
-            for (int64_t k = 0; k < count[i]; ++k) weights[i * most + k] = static_cast<float>(own[k] / sum);
+            for (int64_t k = 0; k < count[i]; ++k) {
+                weights[i * most + k] = static_cast<float>(own[k] / sum);
+                given[first[i] + k] += own[k] / sum;
+            }
         }
+        totals.assign(given.begin(), given.end());
     }
 };
 
-INLINE void add_row(float* sums, const uint8_t* row, float weight, int64_t count) {
+template <typename T>
+INLINE void add_row(float* sums, const T* row, float weight, int64_t count) {
     for (int64_t i = 0; i < count; ++i) sums[i] += weight * static_cast<float>(row[i]);
 }
 
-INLINE void set_row(float* sums, const uint8_t* row, float weight, int64_t count) {
+template <typename T>
+INLINE void set_row(float* sums, const T* row, float weight, int64_t count) {
     for (int64_t i = 0; i < count; ++i) sums[i] = weight * static_cast<float>(row[i]);
 }
 
@@ -64,66 +76,124 @@ INLINE Four load_four(const float* place) {
     return four;
 }
 
+// A row of `width` pixels from the row `source`, which ends in ROOM numbers; mirrored or not.
 template <int64_t channels>
-INLINE void save_pixel(float* place, const Four& pixel) {
-    std::memcpy(place, &pixel, channels * sizeof(float));
+INLINE void resize_columns(float* to, const float* source, const Taps& columns, int64_t width, bool flip) {
+    const int64_t step = flip ? -channels : channels;
+    float* place = flip ? to + (width - 1) * channels : to;
+    for (int64_t x = 0; x < width; ++x, place += step) {
+        const float* weights = &columns.weights[x * columns.most];
+        const float* from = source + columns.first[x] * channels;
+        Four pixel = weights[0] * load_four(from);
+        for (int64_t k = 1; k < columns.count[x]; ++k) pixel += weights[k] * load_four(from + k * channels);
+        std::memcpy(place, &pixel, channels * sizeof(float));
+    }
 }
 
+constexpr int64_t BLOCK = 48;  // numbers, of whole pixels and whole vectors
+
+// The sums over the resized image, by channel: in fp32 by position within a block of a row, then in double.
 template <int64_t channels>
-INLINE void crop_one(const Crop& crop, const Taps& rows, const Taps& columns, float* sums, const float* colour,
-                     float* output, int64_t height, int64_t width) {
+INLINE void sum_resized(double* sums, const uint8_t* image, int64_t row_bytes, const Taps& rows, int64_t height,
+                        const float* column_totals, int64_t values) {
+    for (int64_t y = 0; y < height; ++y) {
+        const uint8_t* row = image + y * row_bytes;
+        float parts[BLOCK] = {};
+        int64_t i = 0;
+        for (; i + BLOCK <= values; i += BLOCK)
+            for (int64_t j = 0; j < BLOCK; ++j) parts[j] += column_totals[i + j] * static_cast<float>(row[i + j]);
+        for (int64_t j = 0; i + j < values; ++j) parts[j] += column_totals[i + j] * static_cast<float>(row[i + j]);
+        for (int64_t j = 0; j < BLOCK; ++j) sums[j % channels] += rows.totals[y] * static_cast<double>(parts[j]);
+    }
+}
+
+// The colour transform as a sum over the numbers around each one: a channel's neighbours of the same pixel are at most
+// two places away, and what is of another pixel has the factor 0.
+template <int64_t channels>
+struct Colour {
+    float factors[5][BLOCK] = {}, constant[BLOCK];
+
+    INLINE Colour(const float* values, const double* mean, int64_t pixels) {
+        const float *matrix = values, *of_mean = matrix + channels * channels, *offset = of_mean + channels * channels;
+        for (int64_t j = 0; j < BLOCK; ++j) {
+            const int64_t c = j % channels;
+            double sum = offset[c];
+            for (int64_t k = 0; k < channels; ++k) {
+                sum += of_mean[c * channels + k] * (mean[k] / static_cast<double>(pixels));
+                factors[k - c + 2][j] = matrix[c * channels + k];
+            }
+            constant[j] = static_cast<float>(sum);
+        }
+    }
+
+    INLINE void apply(float* output, const float* values, int64_t count) const {
+        int64_t i = 0;
+        for (; i + BLOCK <= count; i += BLOCK) apply_to_block(output + i, values + i, BLOCK);
+        apply_to_block(output + i, values + i, count - i);
+    }
+
+    INLINE void apply_to_block(float* output, const float* values, int64_t count) const {
+        if constexpr (channels == 1) {
+            for (int64_t j = 0; j < count; ++j) output[j] = constant[j] + factors[2][j] * values[j];
+        } else {
+            for (int64_t j = 0; j < count; ++j)
+                output[j] = constant[j] + factors[0][j] * values[j - 2] + factors[1][j] * values[j - 1] +
+                            factors[2][j] * values[j] + factors[3][j] * values[j + 1] + factors[4][j] * values[j + 2];
+        }
+    }
+};
+
+// What a thread works with, from crop to crop.
+struct Workspace {
+    Taps rows, columns;
+    int64_t height = -1, width = -1;
+    std::vector<float> sums, ring, row, column_totals;
+};
+
+template <int64_t channels>
+INLINE void crop_one(const Crop& crop, const float* colours, float* output, int64_t height, int64_t width,
+                     Workspace& work) {
+    const int64_t values = crop.width * channels, row = width * channels;
+    if (crop.height != work.height) work.rows.fill(work.height = crop.height, height);
+    if (crop.width != work.width) {
+        work.columns.fill(work.width = crop.width, width);
+        work.column_totals.resize(values);
+        for (int64_t i = 0; i < values; ++i) work.column_totals[i] = work.columns.totals[i / channels];
+    }
+    const Taps& rows = work.rows;
     const auto* image = reinterpret_cast<const uint8_t*>(crop.image) + crop.top * crop.row_bytes + crop.left * channels;
-    const int64_t row_values = crop.width * channels;
-    double mean[4] = {};
+    double sums[channels] = {};
+    sum_resized<channels>(sums, image, crop.row_bytes, rows, crop.height, work.column_totals.data(), values);
+    const Colour<channels> colour(colours, sums, height * width);
+
+    // Behind the last pixel of a row, and before the first, its neighbours must be numbers.
+    work.sums.assign(values + ROOM, 0.0f);
+    work.row.assign(row + 2 * ROOM, 0.0f);
+    float *whole = work.sums.data(), *resized = work.row.data() + ROOM;
+    const bool enlarged = crop.height < height;
+    if (enlarged) work.ring.resize(rows.most * row + ROOM);
+    int64_t done = 0;  // rows of the image whose columns are resized
     for (int64_t y = 0; y < height; ++y) {
         const float* weights = &rows.weights[y * rows.most];
         for (int64_t k = 0; k < rows.count[y]; ++k) {
-            const uint8_t* row = image + (rows.first[y] + k) * crop.row_bytes;
-            if (k == 0) set_row(sums, row, weights[0], row_values);
-            else if (weights[k] != 0.0f) add_row(sums, row, weights[k], row_values);
+            const int64_t source = rows.first[y] + k;
+            if (k > 0 && weights[k] == 0.0f) continue;
+            if (!enlarged) {
+                const uint8_t* bytes = image + source * crop.row_bytes;
+                if (k == 0) set_row(whole, bytes, weights[k], values);
+                else add_row(whole, bytes, weights[k], values);
+                continue;
+            }
+            for (; done <= source; ++done) {
+                set_row(whole, image + done * crop.row_bytes, 1.0f, values);
+                resize_columns<channels>(&work.ring[done % rows.most * row], whole, work.columns, width, crop.flip);
+            }
+            const float* resized_columns = &work.ring[source % rows.most * row];
+            if (k == 0) set_row(resized, resized_columns, weights[k], row);
+            else add_row(resized, resized_columns, weights[k], row);
         }
-        Four total = {};
-        for (int64_t x = 0; x < width; ++x) {
-            const float* own = &columns.weights[x * columns.most];
-            const float* place = sums + columns.first[x] * channels;
-            Four pixel = {};
-            for (int64_t k = 0; k < columns.count[x]; ++k) pixel += own[k] * load_four(place + k * channels);
-            total += pixel;
-            const int64_t to = crop.flip ? width - 1 - x : x;
-            save_pixel<channels>(output + (y * width + to) * channels, pixel);
-        }
-        for (int64_t c = 0; c < channels; ++c) mean[c] += total[c];
-    }
-    // colour: matrix, what it adds of the mean, and an offset, [C, C], [C, C] and [C].
-    const float *matrix = colour, *of_mean = colour + channels * channels, *offset = of_mean + channels * channels;
-    Four column[channels] = {}, constant = {};  // a number in every lane: what lies in memory may be a slow one
-    for (int64_t c = 0; c < channels; ++c) {
-        double value = offset[c];
-        for (int64_t k = 0; k < channels; ++k) value += of_mean[c * channels + k] * (mean[k] / (height * width));
-        constant[c] = static_cast<float>(value);
-        for (int64_t k = 0; k < channels; ++k) column[k][c] = matrix[c * channels + k];
-    }
-    for (int64_t i = 0; i < height * width; ++i) {
-        float* place = output + i * channels;
-        Four pixel = constant;
-        for (int64_t k = 0; k < channels; ++k) pixel += place[k] * column[k];
-        save_pixel<channels>(place, pixel);
-    }
-}
-
-template <int64_t channels>
-INLINE void crop_range(const Crop* crops, const float* colours, float* output, int64_t first, int64_t end, int64_t height,
-                       int64_t width, Taps& rows, Taps& columns, std::vector<float>& sums) {
-    int64_t last_height = -1, last_width = -1;
-    for (int64_t i = first; i < end; ++i) {
-        const Crop& crop = crops[i];
-        if (crop.height != last_height) rows.fill(last_height = crop.height, height);
-        if (crop.width != last_width) columns.fill(last_width = crop.width, width);
-        sums.resize(std::max<size_t>(sums.size(), crop.width * channels + ROOM));
-        // Behind the last pixel its vector of four reaches into what is never used, but must be a number.
-        std::fill(sums.begin() + crop.width * channels, sums.begin() + crop.width * channels + ROOM, 0.0f);
-        crop_one<channels>(crop, rows, columns, sums.data(), colours + i * (2 * channels + 1) * channels,
-                           output + i * height * width * channels, height, width);
+        if (!enlarged) resize_columns<channels>(resized, whole, work.columns, width, crop.flip);
+        colour.apply(output + y * row, resized, row);
     }
 }
 
@@ -132,19 +202,31 @@ void crop_all(const Crop* crops, const float* colours, float* output, int64_t co
               int64_t threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Taps rows, columns;
-        std::vector<float> sums;
+        Workspace work;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; ++i)
-            in_force<crop_range<channels>>(crops, colours, output, i, i + 1, height, width, rows, columns, sums);
+            in_force<crop_one<channels>>(crops[i], colours + i * (2 * channels + 1) * channels,
+                                         output + i * height * width * channels, height, width, work);
     }
 }
 
 }  // namespace
 
+// Memory that is fresh from the system comes in pages of 4 KB, each at the cost of a fault; a batch of photographs has ten
+// thousand of them. Where the system has large pages, ask for those.
+static void ask_for_large_pages(void* start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr int64_t LARGE = 2 << 20, WORTHWHILE = 4 * LARGE;
+    const auto first = (reinterpret_cast<int64_t>(start) + LARGE - 1) / LARGE * LARGE;
+    const auto end = (reinterpret_cast<int64_t>(start) + bytes) / LARGE * LARGE;
+    if (end - first >= WORTHWHILE) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // or not
+#endif
+}
+
 extern "C" void fastsnap_resized_crops(const int64_t* crops, const float* colours, float* output, int64_t count,
                                        int64_t height, int64_t width, int64_t channels, int64_t threads) {
     const auto* all = reinterpret_cast<const Crop*>(crops);
+    ask_for_large_pages(output, count * height * width * channels * static_cast<int64_t>(sizeof(float)));
     if (channels == 3) crop_all<3>(all, colours, output, count, height, width, threads);
     else crop_all<1>(all, colours, output, count, height, width, threads);
 }
