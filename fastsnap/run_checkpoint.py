@@ -7,6 +7,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fastsnap import run_schema
@@ -14,10 +15,33 @@ from fastsnap.run_files import RunError
 
 
 def checkpoint_content(tensors: dict[str, Tensor], state: dict[str, Any]) -> bytes:
-    """The content of the file. `state` is JSON-serialisable: see run_schema.CheckpointState."""
-    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    text = json.dumps(state)
-    return safetensors.torch.save(tensors, metadata={"state": text, "sha256": _hash(tensors, text)})
+    """The content of the file. `state` is JSON-serialisable: see run_schema.CheckpointState.
+
+    Tensors may have any memory layout and share memory. Raises ValueError for a type that safetensors does not know.
+    """
+    tensors, text = _plain(tensors), json.dumps(state)
+    try:
+        return safetensors.torch.save(tensors, metadata={"state": text, "sha256": _hash(tensors, text)})
+    except KeyError as error:
+        named = [
+            f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype in error.args
+        ]
+        raise ValueError(
+            f"the network cannot be saved: {', '.join(named)}, which safetensors does not know: convert it"
+        ) from error
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in one piece of memory that is its own, as safetensors wants it; copies only where need be."""
+    plain: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+        if not tensor.is_contiguous() or tensor.untyped_storage().data_ptr() in taken:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
+    return plain
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ import bisect
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ def footprint(network: nn.Module, image_shape: tuple[int, int, int]) -> Footprin
     """Of `network`, on the meta device, for images of `image_shape` (channels, height, width)."""
     outputs: list[int] = []
 
-    def count(_layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append(output.numel() // LEAST_IMAGES)
+    def count(_layer: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
+        outputs.append(_numbers(output) // LEAST_IMAGES)
 
     layers = [layer for layer in network.modules() if next(layer.parameters(recurse=False), None) is not None]
     hooks = [layer.register_forward_hook(count) for layer in layers]
@@ -52,6 +53,16 @@ def footprint(network: nn.Module, image_shape: tuple[int, int, int]) -> Footprin
         hook.remove()
     numbers = sum(tensor.numel() for tensor in [*network.parameters(), *network.buffers()])
     return Footprint(FP32 * numbers, tuple(outputs))
+
+
+def _numbers(output: Any) -> int:
+    """In what a layer returns: a tensor, or several, as attention does."""
+    if isinstance(output, Tensor):
+        return output.numel()
+    parts = (
+        output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    )
+    return sum(map(_numbers, parts))
 
 
 def training_needs(size: Footprint, images: int, *, half: bool, copied: int = 0) -> dict[str, int]:

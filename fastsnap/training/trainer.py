@@ -289,8 +289,10 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = {f"buffer.{name}": buffer for name, buffer in self.network.named_buffers()}
+        # They never change, but the file of weights that they are from may be gone when a run goes on.
+        frozen = {f"frozen.{n}": p for n, p in self.network.named_parameters() if not p.requires_grad}
         flat = {"parameters": self.optimizer.flat.data, "momentum": self.optimizer.momentum}
-        return flat | {"totals": self.train_step.totals} | buffers
+        return flat | {"totals": self.train_step.totals} | buffers | frozen
 
     # -- where the run is
 

@@ -15,16 +15,17 @@ UPDATES = ("fused", "apex")
 def build_optimizer(
     update: str, network: nn.Module, schedule: Schedule, *, momentum: float, weight_decay: float
 ) -> SnapshotSGD | ApexSGD:
-    """SGD for `network`, with Nesterov momentum unless that is 0.
+    """SGD for the parameters of `network` that need a gradient, with Nesterov momentum unless that is 0.
 
     update  "fused": the project's kernel; "apex": NVIDIA's FusedSGD. Raises ValueError where apex is missing
     """
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     options: dict[str, Any] = {
         "momentum": momentum,
         "weight_decay": weight_decay,
         "nesterov": momentum > 0,
-        "flat": FlatParameters(network.named_parameters()),
+        "flat": FlatParameters(trained),
     }
     if update == "apex":
-        return ApexSGD(network.parameters(), schedule, **options)
-    return SnapshotSGD(network.named_parameters(), schedule, **options)
+        return ApexSGD([parameter for _, parameter in trained], schedule, **options)
+    return SnapshotSGD(trained, schedule, **options)
