@@ -26,6 +26,7 @@ from fastsnap.data.pictures import Wishes
 from fastsnap.data.pipeline import choose_loader, make_pipeline
 from fastsnap.data.sources import Dataset
 from fastsnap.limits import choose_threads
+from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.waiting import spin_shortly
 from harness.measure import PROJECT, Result, Settings, alternate, compare, not_installed
 from harness.paced import Pace, PacedProcess
@@ -223,6 +224,7 @@ def load(folder: Path, cache: Path, storage: str) -> Dataset:
 
 def files_loop(pace: Pace, folder: Path, cache: Path, device: str, loader: str, part: int = 1) -> None:
     """Batches decoded as they are needed, of one of `part` images."""
+    keep_freed_memory()  # as fastsnap.train's main does
     dataset = load(folder, cache, "files")
     images = dataset.train.subset(np.arange(len(dataset.train.labels)) % part == 0)
     _batches(pace, dataset, images, device, loader)
@@ -230,6 +232,7 @@ def files_loop(pace: Pace, folder: Path, cache: Path, device: str, loader: str, 
 
 def arrays_loop(pace: Pace, folder: Path, cache: Path, device: str) -> None:
     """Batches from the cache."""
+    keep_freed_memory()
     dataset = load(folder, cache, "arrays")
     _batches(pace, dataset, dataset.train, device, "auto")
 

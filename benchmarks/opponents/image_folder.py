@@ -1,5 +1,6 @@
 """Folders of pictures as PyTorch's ImageNet example reads them: torchvision's ImageFolder in a DataLoader."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ def make_folder_loader(folder: Path, size: int, batch_size: int, workers: int, j
 
     jitter  of colour; 0: none, and so less work than the project does
     """
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores are tried too
     colour = [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
     crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     tensor = [

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsnap.data.cache import Maker
-from fastsnap.data.decoding import DamagedImage, centred, decode
+from fastsnap.data.decoding import DamagedImage, centred, decode_checked, read_picture
 from fastsnap.data.survey import in_threads
 
 
@@ -76,7 +76,9 @@ class Decoding:
         def work(index: int) -> tuple[int, str | None, NDArray[np.int64] | None]:
             path = self._root / self.split.names[index]
             try:
-                image = self._form.of(decode(path, self._form.channels, background))
+                content, channels = read_picture(path), self._form.channels
+                direct = 0 if channels == 1 and self.split.coloured[index] else int(self.split.direct[index])
+                image = self._form.of(decode_checked(content, str(path), channels, background, direct))
                 if image.shape != self._shape:
                     raise DamagedImage(f"{path}: it changed while it was read")
             except DamagedImage as error:

@@ -130,6 +130,18 @@ def decode_bytes(
     return _plain_array(_oriented(_with_channels(pixels, channels), header.orientation))
 
 
+def decode_checked(
+    content: bytes, name: str, channels: int, background: tuple[int, ...], orientation: int
+) -> NDArray[np.uint8]:
+    """As `decode_bytes`, whose header was read before.
+
+    orientation  EXIF's, where the header was plain; 0 elsewhere
+    """
+    if orientation and not content.startswith(PNG):
+        return decode_direct(content, name, channels, orientation)
+    return decode_bytes(content, name, channels, background)
+
+
 def decode_direct(content: bytes, name: str, channels: int, orientation: int) -> NDArray[np.uint8]:
     """As `decode_bytes`, of a file whose header was found to be plain, without looking at it again."""
     try:

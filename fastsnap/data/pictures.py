@@ -23,6 +23,7 @@ ARRAYS, FILES = "arrays", "files"  # the kinds of storage
 TEST_SCALE = 256 / 224  # shorter side to size, before the centre crop of a test image of resized-crop
 GREY = 128  # behind transparent pixels where no training image is opaque
 SURVEYED = ("sizes", "coloured", "transparent", "direct")  # what is kept of a survey
+SMALL_FILE = 2**14  # bytes; 64x64 pixels have 2,000
 SHOWN = 20  # damaged images that an error names
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -108,7 +109,7 @@ def _surveyed(layout: Layout, wishes: Wishes) -> tuple[Split, Split, bool]:
             "reading headers", sum(len(part.names) for part in parts.values()), wishes.on_progress
         )
         for name, part in parts.items():
-            found = survey(layout.root, part.names, wishes.threads, count)
+            found = survey(layout.root, part.names, _threads(own_stamps[name], wishes), count)
             for kind in SURVEYED:
                 values = getattr(found, kind)
                 maker.array(f"{kind}-{name}", values.shape, values.dtype)[:] = values
@@ -128,6 +129,11 @@ def _surveyed(layout: Layout, wishes: Wishes) -> tuple[Split, Split, bool]:
         for name, part in parts.items()
     ]
     return splits[0], splits[1], bool(splits[0].coloured.any())
+
+
+def _threads(file_stamps: NDArray[np.int64], wishes: Wishes) -> int:
+    """Small files are decoded in less time than threads take to hand Python over to each other."""
+    return 1 if len(file_stamps) and file_stamps[:, 0].mean() < SMALL_FILE else wishes.threads
 
 
 class _Counter:
@@ -166,7 +172,16 @@ def _decoded(
     def make(maker: cache.Maker) -> dict[str, Any]:
         count = _Counter("decoding", sum(len(split.names) for split in splits), wishes.on_progress)
         work = [
-            Decoding(layout.root, split, form, maker, part, storage == ARRAYS, wishes.threads, count)
+            Decoding(
+                layout.root,
+                split,
+                form,
+                maker,
+                part,
+                storage == ARRAYS,
+                _threads(split.stamps, wishes),
+                count,
+            )
             for split, form, part in zip(splits, forms, ("train", "test"), strict=True)
         ]
         for decoding in work:

@@ -16,7 +16,8 @@ from fastsnap.data.decoding import DamagedImage, Header, inspect
 from fastsnap.kernels.cpu import use_one_thread
 
 MOST_SIZE = 224  # pixels of the side that images are brought to unless asked for: ImageNet's
-CHUNK = 256  # files that are handed to the threads at once, so that a million make no million of tasks
+CHUNK = 16  # files that a thread is handed at once: small ones take less than handing them over does
+CHUNKS_PER_THREAD = 16  # at a time, so that a million files make no million of tasks
 OnProgress = Callable[[int], None]  # told how many more are done
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -103,10 +104,15 @@ def decoding_pool(threads: int) -> ThreadPoolExecutor:
 
 def in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Iterator[Result]:
     """`work` of every item, in their order; a few chunks are in the threads at a time."""
-    remaining = iter(items)
+
+    def chunk(start: int) -> list[Result]:
+        return [work(item) for item in items[start : start + CHUNK]]
+
+    starts = iter(range(0, len(items), CHUNK))
     with decoding_pool(threads) as pool:
-        while chunk := list(islice(remaining, CHUNK * threads)):
-            yield from pool.map(work, chunk)
+        while part := list(islice(starts, CHUNKS_PER_THREAD * threads)):
+            for results in pool.map(chunk, part):
+                yield from results
 
 
 def usual_size(sizes: NDArray[np.int32]) -> int:

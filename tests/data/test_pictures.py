@@ -225,9 +225,7 @@ def test_damaged_pictures_are_all_named_or_left_out(pictures, tmp_path):
     cut, text = whole.train.names[0], whole.train.names[5]
     (root / cut).write_bytes((root / cut).read_bytes()[:300])
     (root / text).write_text("no picture")
-    with pytest.raises(
-        DataError, match="2 files cannot be decoded; mend or remove them, or .*--skip-damaged"
-    ) as caught:
+    with pytest.raises(DataError, match=r"2 files cannot be decoded; .*--skip-damaged") as caught:
         load(root, tmp_path / "cache")
     assert len(caught.value.lines) == 3
     assert f"{root / cut}: it is cut short or damaged" in str(caught.value)

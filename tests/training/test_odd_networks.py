@@ -172,7 +172,9 @@ def test_evaluates_as_a_plain_loop_does(trained: Trainer) -> None:
 def test_the_memory_that_it_takes_is_known() -> None:
     with torch.device("meta"):
         network = OddNetwork()
-    network.statistics.momentum = 0.1  # a mean over all batches asks a tensor for its value, and meta has none
+    network.statistics.momentum = (
+        0.1  # a mean over all batches asks a tensor for its value, and meta has none
+    )
     size = footprint(network, (1, 8, 8))
     numbers = sum(t.numel() for t in [*network.parameters(), *network.buffers()])
     assert size.parameters == 4 * numbers
