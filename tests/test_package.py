@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_importing_starts_no_cuda_opens_no_window_and_prints_nothing() -> None:
     files = [
-        file for file in (ROOT / "fastsnap").rglob("*.py") if file.stem not in ("__init__", "dali_pipeline")
+        file for file in (ROOT / "fastsnap").rglob("*.py") if not file.stem.startswith(("__init__", "dali_"))
     ]
     modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
     # Triton is not everywhere.

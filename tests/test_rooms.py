@@ -14,6 +14,7 @@ ROOMS = (
     ("train", "ensemble_eval"),
     ("assembly",),
     ("config",),
+    ("recipes",),
     ("ensemble",),
     ("training",),
     ("data",),

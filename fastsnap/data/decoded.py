@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsnap.data.cache import Maker
-from fastsnap.data.decoding import DamagedImage, centred, decode_checked, read_picture
+from fastsnap.data.decoding import centred, decode_checked
+from fastsnap.data.headers import DamagedImage, read_picture
 from fastsnap.data.survey import in_threads
 
 

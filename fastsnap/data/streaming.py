@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsnap.data.archives import DataError
-from fastsnap.data.decoding import DamagedImage, decode_bytes, decode_direct, read_picture
+from fastsnap.data.decoding import decode_bytes, decode_direct
+from fastsnap.data.headers import DamagedImage, read_picture
 from fastsnap.data.plan import Batch, Plan
 from fastsnap.data.sources import FileSet
 from fastsnap.data.survey import decoding_pool, require_unchanged

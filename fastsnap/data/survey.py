@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsnap.data.archives import DataError
-from fastsnap.data.decoding import DamagedImage, Header, inspect
+from fastsnap.data.headers import DamagedImage, Header, inspect
 from fastsnap.kernels.cpu import use_one_thread
 
 MOST_SIZE = 224  # pixels of the side that images are brought to unless asked for: ImageNet's

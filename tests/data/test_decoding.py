@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
-from fastsnap.data.decoding import DamagedImage, centred, decode, decode_bytes, decode_direct, inspect, seen
+from fastsnap.data.decoding import centred, decode, decode_bytes, decode_direct, seen
+from fastsnap.data.headers import DamagedImage, inspect
 from pictures import picture, save
 
 FORMATS = [
