@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsnap.limits import choose_threads, cpu_quota, format_bytes, free_disk, free_memory
+from fastsnap.limits import (
+    choose_threads,
+    cpu_quota,
+    format_bytes,
+    free_disk,
+    free_memory,
+    parse_bytes,
+    usual_budget,
+)
 
 
 def make(root: Path, files: dict[str, str]) -> Path:
@@ -193,3 +201,37 @@ def test_the_disk_of_a_folder_is_known_before_there_is_one(tmp_path):
 )
 def test_sizes_have_three_figures(count, text):
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("8GB", 8 * 10**9),
+        ("500 mb", 5 * 10**8),
+        ("1.5e9", 1_500_000_000),
+        ("2k", 2000),
+        ("1.5T", 15 * 10**11),
+    ],
+)
+def test_sizes_are_read_with_their_units(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", "1 PB", "GB", "1e999", "1GB 2"])
+def test_what_is_no_size_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="a size must be a number of bytes such as 8GB"):
+        parse_bytes(text)
+
+
+def test_the_usual_budget_is_a_quarter_of_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       8000000 kB\nMemFree:  1 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    assert usual_budget(tmp_path) == 2_048_000_000
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("1000000000\n")
+    assert usual_budget(tmp_path) == 250_000_000
+    (group / "memory.max").write_text("max\n")
+    assert usual_budget(tmp_path) == 2_048_000_000

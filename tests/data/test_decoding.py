@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_pictures import picture, save
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
 from fastsnap.data.decoding import centred, decode, decode_bytes, decode_direct, seen
 from fastsnap.data.headers import DamagedImage, inspect
-from pictures import picture, save
 
 FORMATS = [
     ("RGB", "a.jpg", {}),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_pictures import folder_of_pictures, picture, save
 
 from fastsnap.data.archives import DataError
 from fastsnap.data.datasets import load_dataset
@@ -21,7 +22,6 @@ from fastsnap.data.layouts import find_layout
 from fastsnap.data.pictures import Wishes
 from fastsnap.data.pipeline import choose_loader, make_pipeline
 from fastsnap.data.sources import Augmentation, FileSet, ImageSet
-from pictures import folder_of_pictures, picture, save
 
 CPU = torch.device("cpu")
 

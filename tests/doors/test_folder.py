@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_pictures import folder_of_pictures
 
 from fastsnap import ensemble_eval, train
 from fastsnap.run_folder import RunFolder
-from pictures import folder_of_pictures
 
 USUAL = [
     "--dataset",

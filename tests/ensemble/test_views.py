@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_pictures import folder_of_pictures
 from PIL import Image
 from small_run import NET, small_dataset, small_run, snapshot_weights
 from torch.nn import functional
@@ -16,7 +17,6 @@ from fastsnap.data.sources import Augmentation
 from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.ensemble.views import VIEWS, CornerFiles, average_views, require_views, views_of
 from fastsnap.nets.build import build_network
-from pictures import folder_of_pictures
 
 
 def by_hand(images, kind, padding):

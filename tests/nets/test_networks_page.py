@@ -8,7 +8,9 @@ import pytest
 from fastsnap.nets.cost import cost_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "networks.md"
-ROW = re.compile(r"^\| `(\S+)` \| (\d+) \| (\d+) \| ([\d,]+) \| (.*?) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+ROW = re.compile(
+    r"^\| `(\S+)` \| (\d+) \| (\d+) \| ([\d,]+) \| (.*?) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE
+)
 ROWS = ROW.findall(PAGE.read_text())
 
 
