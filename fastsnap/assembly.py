@@ -24,8 +24,9 @@ from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.limits import choose_threads, parse_bytes, require_memory, usual_budget
 from fastsnap.nets.build import build_network, is_random
-from fastsnap.nets.initial import InitialWeights, begin_with, classifier_names
+from fastsnap.nets.initial import begin_with, classifier_names
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
+from fastsnap.nets.weights import InitialWeights
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.memory import (
     evaluation_needs,

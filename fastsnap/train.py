@@ -38,7 +38,8 @@ from fastsnap.ensemble.report import report_run
 from fastsnap.nets import names
 from fastsnap.nets.build import SHORTENS
 from fastsnap.nets.cost import cost_of
-from fastsnap.nets.initial import read_initial, require_same_initial
+from fastsnap.nets.initial import require_outside, require_same_initial
+from fastsnap.nets.weights import read_initial
 from fastsnap.printing import is_lost, make_console, print_error, print_failure, print_line
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_state import is_finished, require_config, set_aside
@@ -55,6 +56,7 @@ def train(config: TrainConfig, console: Console, *, restart: bool = False) -> tu
     Raises ValueError for anything that cannot be done as asked, TrainingStopped after SIGTERM or Ctrl-C.
     """
     folder = RunFolder(config.out)
+    require_outside(config.initial, config.out)
     reasons = reasons_of(config)
     if folder.exists() and not restart:
         begun = as_begun(config, folder.config())
