@@ -62,6 +62,8 @@ def make_pipeline(
     if isinstance(images, FileSet):
         return _files_pipeline(images, batch_size, mean, std, device, seed, augmentation, loader, threads)
     _check(images, batch_size, mean, std, augmentation.padding if augmentation else 0)
+    if augmentation is None:
+        images = _centres(images)
     sizes = np.broadcast_to(np.array(images.images.shape[1:3], np.int32), (len(images.labels), 2))
     plan = Plan(len(images.labels), batch_size, seed, augmentation, sizes)
     if choose_loader(loader, device) == "torch":
@@ -91,6 +93,17 @@ def _files_pipeline(
     from fastsnap.data.dali_files import DaliFiles  # here, since DALI need not be installed
 
     return DaliFiles(files, plan, mean, std, device, threads)
+
+
+def _centres(images: ImageSet) -> ImageSet:
+    """The centre of each image that is larger than a network sees, as of held-out images of resized crops."""
+    height, width, _ = images.shape
+    own_height, own_width = images.images.shape[1:3]
+    top, left = max(0, round((own_height - height) / 2)), max(0, round((own_width - width) / 2))
+    if not top and not left:
+        return images
+    centres = images.images[:, top : top + height, left : left + width]
+    return ImageSet(np.ascontiguousarray(centres), images.labels)
 
 
 def _check(

@@ -4,6 +4,7 @@ The authors' -tenCrop. Their code averaged logits over the views and probabiliti
 probabilities throughout, for single snapshots and ensembles alike.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,7 +21,6 @@ from fastsnap.data.streaming import ReadAhead, decoded, read_unchanged
 
 ONE, MIRROR, TEN_CROP = "one", "mirror", "ten-crop"
 VIEWS = {ONE: 1, MIRROR: 2, TEN_CROP: 10}
-LEAST = torch.finfo(torch.float32).tiny  # of a probability, whose logarithm is kept
 
 
 def require_views(kind: str, augmentation: Augmentation) -> None:
@@ -52,10 +52,9 @@ def views_of(kind: str, images: Tensor, padding: int) -> Iterator[Tensor]:
 
 def average_views(views: Iterator[Tensor]) -> Tensor:
     """The logarithm of the mean probability [B, C] of the logits of each view: logits of the mean."""
-    total, count = torch.zeros(()), 0
-    for logits in views:
-        total, count = total.to(logits.device) + logits.float().softmax(1), count + 1
-    return (total / count).clamp(min=LEAST).log()
+    # In logarithms throughout: a probability that fp32 rounds to 0 has a finite one.
+    logarithms = torch.stack([logits.float().log_softmax(1) for logits in views])
+    return logarithms.logsumexp(0) - math.log(len(logarithms))
 
 
 def _corners(images: Tensor, padding: int) -> list[Tensor]:

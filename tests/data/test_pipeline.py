@@ -246,3 +246,18 @@ def test_other_defaults_of_torch_change_nothing():
         torch.set_default_dtype(before)
         torch.set_default_device(None)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_an_evaluation_sees_the_centre_of_larger_images(loader: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 11, 11, 3), dtype=np.uint8)
+    larger = ImageSet(images, np.arange(5), size=8)
+    options = {
+        "batch_size": 2,
+        "mean": (1.0, 2.0, 3.0),
+        "std": (2.0, 2.0, 2.0),
+        "device": torch.device("cpu"),
+    }
+    found = torch.cat([batch for batch, _ in make_pipeline(larger, loader=loader, **options).epoch(0)])
+    centres = ImageSet(np.ascontiguousarray(images[:, 2:10, 2:10]), np.arange(5))
+    expected = torch.cat([batch for batch, _ in make_pipeline(centres, loader=loader, **options).epoch(0)])
+    assert torch.equal(found, expected)
