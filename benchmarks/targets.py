@@ -2,6 +2,7 @@
 
 import accuracy
 import evaluation
+import pictures
 import pipelines
 import schedules
 import throughput
@@ -66,6 +67,21 @@ OTHERS = (
         "median",
         3,
         at_most=True,
+    ),
+    *(
+        Target(
+            f"{where} of {name}, times the images/s of ImageFolder and DataLoader at its best",
+            pictures.NAME,
+            (case(name),),
+            pictures.FOLDER_LOADER,
+            "ratio",
+            factor,
+        )
+        for name in ("photos", "tiny-imagenet-20")
+        for where, case, factor in (
+            ("streaming files", pictures.streaming_case, 2),
+            ("from the cache, images", pictures.cached_case, 20),
+        )
     ),
     Target(
         "evaluating 5 snapshots in fp32, share of the time of 10 plain forwards",

@@ -1,12 +1,23 @@
 """Set before any test module is imported: Triton's interpreter, and property tests that are the same at every run."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_the_test() -> Iterator[None]:
+    """A command line that is run within a test sets PyTorch's threads, of which the next one must know nothing."""
+    import torch  # after the environment is set
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_configure(config: pytest.Config) -> None:

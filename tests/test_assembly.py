@@ -6,6 +6,7 @@ import torch
 
 from fastsnap import assembly, limits
 from fastsnap.config import make_config
+from fastsnap.data.datasets import load_dataset
 
 
 def test_the_reasons_are_those_of_what_is_settled(monkeypatch):
@@ -22,7 +23,7 @@ def test_the_reasons_are_those_of_what_is_settled(monkeypatch):
 
 
 def test_nothing_is_left_to_the_machine_once_it_is_settled():
-    settled = assembly.settle(make_config("digits"))
+    settled = assembly.settle_loader(assembly.settle(make_config("digits")), load_dataset("digits"))
     assert "auto" not in (settled.device, settled.precision, settled.compile, settled.loader)
     assert settled.threads >= 1
     assert os.path.isabs(settled.data)

@@ -38,6 +38,7 @@ class Report:
     precision  of the forward passes: its name, why it was taken (precision_reason) and what the run was trained in
                (trained_precision)
     views      of each image, of which probabilities are averaged: see views.VIEWS
+    trained_mirrored  whether training saw mirror images
     planned    snapshots that the finished run has; more than `saved` while it goes on
     saved      snapshots in the run folder; more than `snapshots` holds if some were chosen
     snapshots  those evaluated, in the order of the run
@@ -55,6 +56,7 @@ class Report:
     trained_precision: str
     device: str
     views: str
+    trained_mirrored: bool
     planned: int
     saved: int
     snapshots: tuple[SnapshotEntry, ...]
@@ -165,6 +167,7 @@ def evaluate_run(
         trained_precision=config["precision"],
         device=device.type,
         views=views,
+        trained_mirrored=dataset.augmentation.flip,
         planned=config["cycles"],
         saved=len(folder.snapshots()),
         snapshots=tuple(entries),

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastsnap.data.plan import training_steps
 from fastsnap.ensemble.evaluate import Report
+from fastsnap.ensemble.views import ONE
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.printing import escaped, literal
 from fastsnap.run_files import RunError, write_atomically
@@ -54,7 +55,8 @@ def error_figure(report: Report) -> Figure:
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _name(
         figure,
-        f"{report.run}: error of {report.net} on {report.dataset} {report.split}, {report.images:,} images",
+        f"{report.run}: error of {report.net} on {report.dataset} {report.split}, {report.images:,} images"
+        + ("" if report.views == ONE else f", {report.views}"),
     )
     return figure
 

@@ -29,6 +29,10 @@ def print_report(report: Report, console: Console) -> None:
         paragraphs.append(
             f"Probabilities are averaged over members and {VIEWS[report.views]} views of each image ({report.views})."
         )
+    if report.views != ONE and not report.trained_mirrored:
+        paragraphs.append(
+            "Training saw no mirror images: where they change what an image means, these views harm."
+        )
     if report.saved < report.planned:
         paragraphs.append(
             f"The run is not finished: {report.saved} of its {report.planned} snapshots are saved."

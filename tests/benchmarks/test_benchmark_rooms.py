@@ -11,7 +11,8 @@ import run
 ROOT = Path(__file__).parents[2] / "benchmarks"
 DOORS = ("run", "report", "gpu_check")
 BENCHMARKS = (*run.BENCHMARKS, "training")
-ROOMS = (DOORS, ("targets",), BENCHMARKS, ("opponents",), ("harness",))  # from the top to the bottom
+PARTS = ("pictures",)  # of a benchmark: the pipelines
+ROOMS = (DOORS, ("targets",), BENCHMARKS, PARTS, ("opponents",), ("harness",))  # from the top to the bottom
 HEIGHT = {room: -index for index, rooms in enumerate(ROOMS) for room in rooms}
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts): file

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsnap import ensemble_eval, train
+from fastsnap import assembly, ensemble_eval, train
 from fastsnap.run_folder import RunFolder
 
 SMALL = ["--net", "resnet8", "--epochs", "3", "--cycles", "3", "--loader", "torch", "--device", "cpu"]
@@ -173,6 +173,6 @@ def test_a_run_on_a_file_system_without_locks_trains_and_says_so(
 def test_a_restart_that_is_stopped_says_not_to_restart_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(assembly, "load_dataset", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert train.main([*SMALL, "--out", str(tmp_path / "run"), "--restart"]) == 128 + signal.SIGTERM
     assert "Run the same command again, without --restart, to go on" in capsys.readouterr().out
