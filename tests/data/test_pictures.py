@@ -359,3 +359,43 @@ def test_no_thread_is_left_when_a_pipeline_is_dropped(pictures, tmp_path):
     for thread in workers:
         thread.join(timeout=30)
         assert not thread.is_alive()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=str)
+def test_files_on_the_gpu_give_about_the_batches_of_the_cpu(pictures, tmp_path, loader, augmentation):
+    dataset = load(pictures, tmp_path, storage="files")
+    options = {"batch_size": 7, "mean": dataset.mean, "std": dataset.std, "seed": 3, "augmentation": augmentation}
+    on_cpu, on_gpu = (
+        make_pipeline(dataset.train, device=torch.device(device), loader=kind, **options)
+        for device, kind in (("cpu", "torch"), ("cuda", loader))
+    )
+    # DALI's decoder on a GPU and its resize round otherwise; PyTorch's loader decodes on the CPU.
+    most = 0.05 if loader == "dali" else 1e-5
+    for (images, labels), (cuda_images, cuda_labels) in zip(on_cpu.epoch(1), on_gpu.epoch(1), strict=True):
+        assert torch.equal(cuda_labels.cpu(), labels)
+        assert (cuda_images.cpu() - images).abs().mean() < most
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS[1:], ids=str)
+def test_arrays_on_the_gpu_give_the_batches_of_the_cpu(pictures, tmp_path, loader, augmentation):
+    dataset = load(pictures, tmp_path, augmentation.kind, storage="arrays")
+    options = {"batch_size": 7, "mean": dataset.mean, "std": dataset.std, "seed": 3, "augmentation": augmentation}
+    on_cpu, on_gpu = (
+        make_pipeline(dataset.train, device=torch.device(device), loader=loader, **options)
+        for device in ("cpu", "cuda")
+    )
+    for (images, labels), (cuda_images, cuda_labels) in zip(on_cpu.epoch(1), on_gpu.epoch(1), strict=True):
+        torch.testing.assert_close(cuda_images.cpu(), images, rtol=0, atol=1e-3)
+        assert torch.equal(cuda_labels.cpu(), labels)
+
+
+def test_a_mapped_array_is_not_copied_into_memory(pictures, tmp_path):
+    dataset = load(pictures, tmp_path, storage="arrays")
+    images = dataset.train.images
+    assert isinstance(images, np.memmap)
+    own = pipeline(dataset.train, dataset, "torch", Augmentation("resized-crop"))
+    next(own.epoch(0))
+    addresses = {tensor.data_ptr() for tensor in vars(own).values() if isinstance(tensor, torch.Tensor)}
+    assert images.ctypes.data in addresses

@@ -131,3 +131,12 @@ def test_boxes_beyond_an_image_of_its_own_size_are_errors(box, message):
     images, _, _, flips, colours = case(8, 8, 3, crops=1)
     with pytest.raises(ValueError, match=message):
         resized_crops_of([images[0]], torch.tensor([box]), flips, colours, (4, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("shape", "size"), SHAPES)
+def test_crops_on_the_gpu_are_those_of_the_cpu(shape, size, channels):
+    arguments = case(*shape, channels, seed=2)
+    found = resized_crops(*(tensor.cuda() for tensor in arguments), size)
+    torch.testing.assert_close(found.cpu(), resized_crops(*arguments, size), rtol=0, atol=TOLERANCE)
