@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
 from .cpu import has_library
 from .resized_crop_reference import reference_resized_crops
 
@@ -24,6 +25,7 @@ def resized_crops(
     colours: Tensor,
     size: tuple[int, int],
     threads: int | None = None,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Float32 [B, height, width, C], C-contiguous, on the device of the images.
 
@@ -34,15 +36,15 @@ def resized_crops(
     colours  float32 [B, 2 C + 1, C]: the matrices A and K and the vector d, below one another
     size     height and width of the result
     threads  of the CPU; default: PyTorch's number
+    blocks   memory for the result on a CPU; default: new
     Raises ValueError for what does not fit.
     """
     _check(images, indices, boxes, flips, colours, size)
     if images.device.type == "cpu" and has_library():
         from .resized_crop_cpu import cpu_resized_crops
 
-        return cpu_resized_crops(
-            images, indices, boxes, flips, colours, size, threads or torch.get_num_threads()
-        )
+        threads = threads or torch.get_num_threads()
+        return cpu_resized_crops(images, indices, boxes, flips, colours, size, threads, blocks or Blocks())
     return reference_resized_crops(images, indices, boxes, flips, colours, size)
 
 
@@ -53,13 +55,15 @@ def resized_crops_of(
     colours: Tensor,
     size: tuple[int, int],
     threads: int | None = None,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """The same of images that each have a size of their own: B of uint8 [H, W, C], C-contiguous, on the CPU."""
     if has_library() and images:
         from .resized_crop_cpu import cpu_resized_crops_of
 
         _check_own_sizes(images, boxes, flips, colours, size)
-        return cpu_resized_crops_of(images, boxes, flips, colours, size, threads or torch.get_num_threads())
+        threads = threads or torch.get_num_threads()
+        return cpu_resized_crops_of(images, boxes, flips, colours, size, threads, blocks or Blocks())
     zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     crops = [
         resized_crops(image[None], zero, boxes[i : i + 1], flips[i : i + 1], colours[i : i + 1], size)
@@ -89,7 +93,7 @@ def _check_own_sizes(
         )
     if min(size) < 1:
         raise ValueError(f"size must be at least 1x1, got {list(size)}")
-    for image, (top, left, rows, columns) in zip(images, boxes.tolist(), strict=True):
+    for image in images:
         if (
             image.dtype != torch.uint8
             or image.dim() != 3
@@ -98,11 +102,6 @@ def _check_own_sizes(
         ):
             raise ValueError(
                 f"images must be uint8 [H, W, {channels}], C-contiguous, got {image.dtype} {list(image.shape)}"
-            )
-        height, width = image.shape[:2]
-        if min(top, left) < 0 or min(rows, columns) < 1 or top + rows > height or left + columns > width:
-            raise ValueError(
-                f"boxes must lie within their images, got {[top, left, rows, columns]} of {height}x{width} pixels"
             )
 
 
@@ -133,17 +132,9 @@ def _check(
             )
     if min(size) < 1:
         raise ValueError(f"size must be at least 1x1, got {list(size)}")
-    # On a GPU nobody waits for the answer: an index out of range is an error there by itself.
+    # On a GPU nobody waits for the answer: an index out of range is an error there by itself. Boxes are checked by the
+    # kernel.
     if images.device.type == "cpu" and count:
-        height, width = images.shape[1:3]
-        top, left, rows, columns = boxes.unbind(1)
-        inside = (top >= 0) & (left >= 0) & (rows >= 1) & (columns >= 1)
-        inside &= (
-            (top + rows <= height) & (left + columns <= width) & (indices >= 0) & (indices < len(images))
-        )
-        if not inside.all():
-            wrong = int((~inside).nonzero()[0])
-            raise ValueError(
-                f"boxes must lie within {height}x{width} pixels and indices within {len(images)} images, got "
-                f"{boxes[wrong].tolist()} of image {int(indices[wrong])}"
-            )
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= len(images):
+            raise ValueError(f"indices must lie within {len(images)} images, got {low} to {high}")

@@ -6,10 +6,6 @@
 // the mean of the resized image, which the colour transform needs, is taken beforehand: it is a weighted sum of the
 // pixels that come in. Each number has its one order of additions: neither threads nor instruction sets change a bit.
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -212,21 +208,24 @@ void crop_all(const Crop* crops, const float* colours, float* output, int64_t co
 
 }  // namespace
 
-// Memory that is fresh from the system comes in pages of 4 KB, each at the cost of a fault; a batch of photographs has ten
-// thousand of them. Where the system has large pages, ask for those.
-static void ask_for_large_pages(void* start, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr int64_t LARGE = 2 << 20, WORTHWHILE = 4 * LARGE;
-    const auto first = (reinterpret_cast<int64_t>(start) + LARGE - 1) / LARGE * LARGE;
-    const auto end = (reinterpret_cast<int64_t>(start) + bytes) / LARGE * LARGE;
-    if (end - first >= WORTHWHILE) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // or not
-#endif
+// The first crop that is not within its image, or -1.
+static int64_t first_outside(const Crop* crops, const int64_t* sizes, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const Crop& crop = crops[i];
+        const bool inside = crop.top >= 0 && crop.left >= 0 && crop.height >= 1 && crop.width >= 1 &&
+                            crop.top + crop.height <= sizes[2 * i] && crop.left + crop.width <= sizes[2 * i + 1];
+        if (!inside) return i;
+    }
+    return -1;
 }
 
-extern "C" void fastsnap_resized_crops(const int64_t* crops, const float* colours, float* output, int64_t count,
+// sizes: height and width of each crop's image. Returns -1, or the first crop that is not within its image.
+extern "C" int64_t fastsnap_resized_crops(const int64_t* crops, const int64_t* sizes, const float* colours, float* output, int64_t count,
                                        int64_t height, int64_t width, int64_t channels, int64_t threads) {
     const auto* all = reinterpret_cast<const Crop*>(crops);
-    ask_for_large_pages(output, count * height * width * channels * static_cast<int64_t>(sizeof(float)));
+    const int64_t outside = first_outside(all, sizes, count);
+    if (outside >= 0) return outside;
     if (channels == 3) crop_all<3>(all, colours, output, count, height, width, threads);
     else crop_all<1>(all, colours, output, count, height, width, threads);
+    return -1;
 }

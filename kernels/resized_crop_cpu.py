@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
 from .cpu import address, library
 
 
@@ -17,11 +18,15 @@ def cpu_resized_crops(
     colours: Tensor,
     size: tuple[int, int],
     threads: int,
+    blocks: Blocks,
 ) -> Tensor:
     """See resized_crop.resized_crops. Other threads of Python run meanwhile."""
     height, width, channels = images.shape[1:]
     addresses = images.data_ptr() + indices * (height * width * channels)
-    return _run(addresses, width * channels, boxes, flips, colours, size, threads)
+    sizes = (
+        torch.tensor([[height, width]], dtype=torch.int64, device="cpu").expand(len(indices), 2).contiguous()
+    )
+    return _run(addresses, width * channels, sizes, boxes, flips, colours, size, threads, blocks)
 
 
 def cpu_resized_crops_of(
@@ -31,31 +36,41 @@ def cpu_resized_crops_of(
     colours: Tensor,
     size: tuple[int, int],
     threads: int,
+    blocks: Blocks,
 ) -> Tensor:
     """See resized_crop.resized_crops_of."""
-    places = torch.tensor(
-        [(image.data_ptr(), image.stride(0)) for image in images], dtype=torch.int64, device="cpu"
-    )
-    return _run(places[:, 0], places[:, 1], boxes, flips, colours, size, threads)
+    facts = [(image.data_ptr(), image.stride(0), *image.shape[:2]) for image in images]
+    places = torch.tensor(facts, dtype=torch.int64, device="cpu")
+    sizes = places[:, 2:].contiguous()
+    return _run(places[:, 0], places[:, 1], sizes, boxes, flips, colours, size, threads, blocks)
 
 
 def _run(
     addresses: Tensor,
     row_bytes: Tensor | int,
+    sizes: Tensor,
     boxes: Tensor,
     flips: Tensor,
     colours: Tensor,
     size: tuple[int, int],
     threads: int,
+    blocks: Blocks,
 ) -> Tensor:
     count, channels = len(boxes), colours.shape[2]
-    output = torch.empty(count, *size, channels, dtype=torch.float32, device="cpu")
+    output = blocks.take(count, *size, channels)
     # A row for each crop: address of its image, bytes of a row, box, flip.
     crops = torch.empty(count, 7, dtype=torch.int64, device="cpu")
     crops[:, 0], crops[:, 1], crops[:, 2:6], crops[:, 6] = addresses, row_bytes, boxes, flips
     colours = colours.contiguous()
-    library().fastsnap_resized_crops(
-        *(ctypes.c_void_p(address(tensor)) for tensor in (crops, colours, output)),
+    run = library().fastsnap_resized_crops
+    run.restype = ctypes.c_int64
+    outside = run(
+        *(ctypes.c_void_p(address(tensor)) for tensor in (crops, sizes, colours, output)),
         *(ctypes.c_int64(number) for number in (count, *size, channels, threads)),
     )
+    if outside >= 0:
+        height, width = sizes[outside].tolist()
+        raise ValueError(
+            f"boxes must lie within their images, got {boxes[outside].tolist()} of {height}x{width} pixels"
+        )
     return output

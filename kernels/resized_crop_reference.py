@@ -9,6 +9,8 @@ def reference_resized_crops(
 ) -> Tensor:
     """See resized_crop.resized_crops: here by matrices of weights, one for the rows and one for the columns."""
     height, width = images.shape[1:3]
+    if images.device.type == "cpu":
+        _require_inside(boxes, height, width)
     rows = _weights(boxes[:, 0], boxes[:, 2], height, size[0])
     columns = _weights(boxes[:, 1], boxes[:, 3], width, size[1])
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
@@ -16,6 +18,15 @@ def reference_resized_crops(
     cropped = torch.einsum("byh,bhwc->bywc", rows, pixels)
     cropped = torch.einsum("bxw,bywc->byxc", columns, cropped)
     return coloured(cropped, colours)
+
+
+def _require_inside(boxes: Tensor, height: int, width: int) -> None:
+    top, left, rows, columns = boxes.unbind(1)
+    inside = (top >= 0) & (left >= 0) & (rows >= 1) & (columns >= 1)
+    inside &= (top + rows <= height) & (left + columns <= width)
+    if not inside.all():
+        wrong = boxes[int((~inside).nonzero()[0])].tolist()
+        raise ValueError(f"boxes must lie within their images, got {wrong} of {height}x{width} pixels")
 
 
 def coloured(images: Tensor, colours: Tensor) -> Tensor:

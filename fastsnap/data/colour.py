@@ -17,6 +17,7 @@ EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])  # of ImageNet's colours, 0 to 
 EIGENVECTORS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )  # in its columns
+CONTRAST, SATURATION = 1, 2  # brightness is 0
 ORDERS = tuple(permutations(range(3)))
 FIELD = np.uint64(2**31 - 1)
 
@@ -33,38 +34,44 @@ def transforms(
     A grey image has a brightness and a contrast, and no lighting.
     """
     count, channels = len(words), len(mean)
-    matrix = np.broadcast_to(np.eye(channels), (count, channels, channels)).copy()
-    of_mean = np.zeros_like(matrix)
-    offset = np.zeros((count, channels))
-    if jitter:
-        _jitter(words, jitter, matrix, of_mean)
-    if lighting and channels == 3:
-        offset += 255 * (_normal(words[:, 2:]) * lighting * EIGENVALUES) @ EIGENVECTORS.T
+    pixel, grey_of_pixel, grey_of_mean = _mixture(words, jitter)
+    if channels == 1:  # a grey pixel is its own grey
+        pixel, grey_of_pixel = pixel + grey_of_pixel, np.zeros(count)
+    grey = (GREY if channels == 3 else np.ones(1)) / np.asarray(std, np.float64)[
+        :, None
+    ]  # [C, C]: its rows scaled
     scale = 1 / np.asarray(std, np.float64)
-    offset = (offset - np.asarray(mean)) * scale
-    parts = [matrix * scale[:, None], of_mean * scale[:, None], offset[:, None]]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    result = np.empty((count, 2 * channels + 1, channels), np.float32)
+    result[:, :channels] = pixel[:, None, None] * np.diag(scale) + grey_of_pixel[:, None, None] * grey
+    result[:, channels:-1] = grey_of_mean[:, None, None] * grey
+    result[:, -1] = -np.asarray(mean) * scale
+    if lighting and channels == 3:
+        result[:, -1] += 255 * (_normal(words[:, 2:]) * lighting * EIGENVALUES) @ EIGENVECTORS.T * scale
+    return result
 
 
-def _jitter(
-    words: NDArray[np.uint64], jitter: float, matrix: NDArray[np.float64], of_mean: NDArray[np.float64]
-) -> None:
-    """Multiply the three, in each image's order, onto `matrix` and `of_mean` [B, C, C]."""
-    channels = matrix.shape[1]
-    grey = GREY if channels == 3 else np.ones(1)
+def _mixture(words: NDArray[np.uint64], jitter: float) -> tuple[NDArray[np.float64], ...]:
+    """Of what each image is mixed after its three jitters: shares [B] of the pixel, of its grey and of the mean's grey.
+
+    Grey is linear, and the grey of a grey is itself, so whatever the order, three numbers are enough.
+    """
     fields = [words[:, 0] >> np.uint64(33), words[:, 0] >> np.uint64(2) & FIELD, words[:, 1] >> np.uint64(33)]
-    factors = [1 + jitter * (2 * (field / 2.0**31) - 1) for field in fields]
+    factors = np.stack([(1 - jitter) + (2 * jitter / 2.0**31) * field for field in fields], axis=1)
     order = ((words[:, 1] >> np.uint64(2) & FIELD) * np.uint64(len(ORDERS)) >> np.uint64(31)).astype(np.int64)
+    turns = np.array(ORDERS)[order]
+    row = np.arange(len(words))
+    pixel, grey, mean = np.ones(len(words)), np.zeros(len(words)), np.zeros(len(words))
     for position in range(3):
-        which = np.array(ORDERS)[order, position]
-        factor = np.choose(which, factors)[:, None, None]
-        rest = (1 - factor) * grey
-        # Contrast mixes in the grey of the mean, which is (A + K) m so far; saturation that of the pixel, A x + K m.
-        mean_grey = rest @ (matrix + of_mean)
-        pixel_grey, grey_of_mean = rest @ matrix, rest @ of_mean
-        contrast, saturation = which[:, None, None] == 1, which[:, None, None] == 2
-        matrix[:] = factor * matrix + np.where(saturation, pixel_grey, 0)
-        of_mean[:] = factor * of_mean + np.where(contrast, mean_grey, np.where(saturation, grey_of_mean, 0))
+        which = turns[:, position]
+        factor = factors[row, which]
+        rest, contrast, saturation = 1 - factor, which == CONTRAST, which == SATURATION
+        mixed_grey = rest * (pixel + grey)  # of the pixel so far
+        mean = factor * mean + np.where(
+            contrast, mixed_grey + rest * mean, np.where(saturation, rest * mean, 0)
+        )
+        grey = factor * grey + np.where(saturation, mixed_grey, 0)
+        pixel = factor * pixel
+    return pixel, grey, mean
 
 
 def _normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsnap.data import colour
 from fastsnap.data.plan import Batch, Plan
+from fastsnap.kernels.blocks import Blocks
 from fastsnap.kernels.resized_crop import resized_crops
 
 
@@ -30,6 +31,7 @@ class Finishing:
         device: torch.device,
     ) -> None:
         self._plan, self._size, self._device = plan, size, device
+        self.blocks = Blocks()
         self._mean_std = tuple(mean), tuple(std)
         height, width, channels = shape
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).repeat(width)  # of a row [W * C]
@@ -76,7 +78,9 @@ class Finishing:
         self, images: Tensor, indices: NDArray[np.int64], batch: Batch, boxes: NDArray[np.int64]
     ) -> Tensor:
         flips, colours = self._send(batch.flips), self.colours(batch).to(self._device, non_blocking=True)
-        return resized_crops(images, self._send(indices), self._send(boxes), flips, colours, self._size)
+        return resized_crops(
+            images, self._send(indices), self._send(boxes), flips, colours, self._size, blocks=self.blocks
+        )
 
     def _flipped_and_cropped(self, images: Tensor, indices: NDArray[np.int64], batch: Batch) -> Tensor:
         """Normalised, flipped, zero-padded and cropped."""

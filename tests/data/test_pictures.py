@@ -365,7 +365,13 @@ def test_no_thread_is_left_when_a_pipeline_is_dropped(pictures, tmp_path):
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=str)
 def test_files_on_the_gpu_give_about_the_batches_of_the_cpu(pictures, tmp_path, loader, augmentation):
     dataset = load(pictures, tmp_path, storage="files")
-    options = {"batch_size": 7, "mean": dataset.mean, "std": dataset.std, "seed": 3, "augmentation": augmentation}
+    options = {
+        "batch_size": 7,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "seed": 3,
+        "augmentation": augmentation,
+    }
     on_cpu, on_gpu = (
         make_pipeline(dataset.train, device=torch.device(device), loader=kind, **options)
         for device, kind in (("cpu", "torch"), ("cuda", loader))
@@ -381,7 +387,13 @@ def test_files_on_the_gpu_give_about_the_batches_of_the_cpu(pictures, tmp_path, 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS[1:], ids=str)
 def test_arrays_on_the_gpu_give_the_batches_of_the_cpu(pictures, tmp_path, loader, augmentation):
     dataset = load(pictures, tmp_path, augmentation.kind, storage="arrays")
-    options = {"batch_size": 7, "mean": dataset.mean, "std": dataset.std, "seed": 3, "augmentation": augmentation}
+    options = {
+        "batch_size": 7,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "seed": 3,
+        "augmentation": augmentation,
+    }
     on_cpu, on_gpu = (
         make_pipeline(dataset.train, device=torch.device(device), loader=loader, **options)
         for device in ("cpu", "cuda")

@@ -106,9 +106,9 @@ def test_no_crops_are_no_error():
     [
         (0, torch.zeros(4, 8, 8, 3), "images must be uint8"),
         (0, torch.zeros(4, 8, 8, 2, dtype=torch.uint8), "images must be uint8"),
-        (1, torch.full((7,), 4), "indices within 4 images"),
+        (1, torch.full((7,), 4), "indices must lie within 4 images"),
         (1, torch.zeros(7, dtype=torch.int32), "indices must be"),
-        (2, torch.tensor([[0, 0, 9, 1]] * 7), "boxes must lie within 8x8 pixels"),
+        (2, torch.tensor([[0, 0, 9, 1]] * 7), "boxes must lie within their images"),
         (2, torch.tensor([[-1, 0, 1, 1]] * 7), "boxes must lie within"),
         (2, torch.tensor([[0, 0, 0, 1]] * 7), "boxes must lie within"),
         (3, torch.zeros(7), "flips must be"),
