@@ -57,8 +57,10 @@ class TrainConfig:
         "initial learning rate of every cycle (of the run, with --schedule step)", flag="lr", default=RECIPE
     )
     out: str = _option(f"run folder (default: {RUNS}/<dataset>-<net>-M<cycles>-s<seed>)", default=RECIPE)
-    seed: int = _option("seed of the initialisation, the order, the crops and the flips", default=0)
-    data: str = _option("folder that holds the data sets; downloads go there", default="data")
+    seed: int = _option("seed of the initialisation, the order, crops, flips and colours", default=0)
+    data: str = _option(
+        "folder that holds the data sets, or the pictures; downloads go there", default="data"
+    )
     schedule: str = _option(
         "snapshot: cosine cycles; step: the standard schedule, a tenth at 50 %% and again at 75 %%",
         choices=schedule.KINDS,
@@ -74,7 +76,7 @@ class TrainConfig:
     )
     initial: str | None = _option(
         "weights to begin with: a run (its last snapshot), a snapshot, a safetensors or a PyTorch file; a classifier "
-        "of another size is made anew",
+        "of another size is made anew (default: fresh ones)",
         default=None,
     )
     dropout: float = _option("of wrn and densenet nets, from 0 up to below 1", default=0.0)
@@ -116,7 +118,8 @@ class TrainConfig:
         default="auto",
     )
     loader: str = _option(
-        "data pipeline, with the same batches; auto: DALI on CUDA if installed, else PyTorch's",
+        "data pipeline, with the same batches; auto: DALI, if installed, on CUDA and for pictures decoded while "
+        "training, else PyTorch's",
         choices=LOADERS,
         default="auto",
     )
