@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import Blocks
 from .cpu import has_library
 from .resized_crop_reference import reference_resized_crops
 
@@ -25,7 +24,7 @@ def resized_crops(
     colours: Tensor,
     size: tuple[int, int],
     threads: int | None = None,
-    blocks: Blocks | None = None,
+    output: Tensor | None = None,
 ) -> Tensor:
     """Float32 [B, height, width, C], C-contiguous, on the device of the images.
 
@@ -36,7 +35,7 @@ def resized_crops(
     colours  float32 [B, 2 C + 1, C]: the matrices A and K and the vector d, below one another
     size     height and width of the result
     threads  of the CPU; default: PyTorch's number
-    blocks   memory for the result on a CPU; default: new
+    output   where a CPU kernel puts the result, float32 [B, height, width, C], C-contiguous; default: new memory
     Raises ValueError for what does not fit.
     """
     _check(images, indices, boxes, flips, colours, size)
@@ -44,7 +43,7 @@ def resized_crops(
         from .resized_crop_cpu import cpu_resized_crops
 
         threads = threads or torch.get_num_threads()
-        return cpu_resized_crops(images, indices, boxes, flips, colours, size, threads, blocks or Blocks())
+        return cpu_resized_crops(images, indices, boxes, flips, colours, size, threads, output)
     return reference_resized_crops(images, indices, boxes, flips, colours, size)
 
 
@@ -55,7 +54,7 @@ def resized_crops_of(
     colours: Tensor,
     size: tuple[int, int],
     threads: int | None = None,
-    blocks: Blocks | None = None,
+    output: Tensor | None = None,
 ) -> Tensor:
     """The same of images that each have a size of their own: B of uint8 [H, W, C], C-contiguous, on the CPU."""
     if has_library() and images:
@@ -63,7 +62,7 @@ def resized_crops_of(
 
         _check_own_sizes(images, boxes, flips, colours, size)
         threads = threads or torch.get_num_threads()
-        return cpu_resized_crops_of(images, boxes, flips, colours, size, threads, blocks or Blocks())
+        return cpu_resized_crops_of(images, boxes, flips, colours, size, threads, output)
     zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     crops = [
         resized_crops(image[None], zero, boxes[i : i + 1], flips[i : i + 1], colours[i : i + 1], size)

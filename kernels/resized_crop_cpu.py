@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import Blocks
 from .cpu import address, library
 
 
@@ -18,7 +17,7 @@ def cpu_resized_crops(
     colours: Tensor,
     size: tuple[int, int],
     threads: int,
-    blocks: Blocks,
+    output: Tensor | None,
 ) -> Tensor:
     """See resized_crop.resized_crops. Other threads of Python run meanwhile."""
     height, width, channels = images.shape[1:]
@@ -26,7 +25,7 @@ def cpu_resized_crops(
     sizes = (
         torch.tensor([[height, width]], dtype=torch.int64, device="cpu").expand(len(indices), 2).contiguous()
     )
-    return _run(addresses, width * channels, sizes, boxes, flips, colours, size, threads, blocks)
+    return _run(addresses, width * channels, sizes, boxes, flips, colours, size, threads, output)
 
 
 def cpu_resized_crops_of(
@@ -36,13 +35,13 @@ def cpu_resized_crops_of(
     colours: Tensor,
     size: tuple[int, int],
     threads: int,
-    blocks: Blocks,
+    output: Tensor | None,
 ) -> Tensor:
     """See resized_crop.resized_crops_of."""
     facts = [(image.data_ptr(), image.stride(0), *image.shape[:2]) for image in images]
     places = torch.tensor(facts, dtype=torch.int64, device="cpu")
     sizes = places[:, 2:].contiguous()
-    return _run(places[:, 0], places[:, 1], sizes, boxes, flips, colours, size, threads, blocks)
+    return _run(places[:, 0], places[:, 1], sizes, boxes, flips, colours, size, threads, output)
 
 
 def _run(
@@ -54,10 +53,11 @@ def _run(
     colours: Tensor,
     size: tuple[int, int],
     threads: int,
-    blocks: Blocks,
+    output: Tensor | None,
 ) -> Tensor:
     count, channels = len(boxes), colours.shape[2]
-    output = blocks.take(count, *size, channels)
+    if output is None:
+        output = torch.empty(count, *size, channels, dtype=torch.float32, device="cpu")
     # A row for each crop: address of its image, bytes of a row, box, flip.
     crops = torch.empty(count, 7, dtype=torch.int64, device="cpu")
     crops[:, 0], crops[:, 1], crops[:, 2:6], crops[:, 6] = addresses, row_bytes, boxes, flips

@@ -78,7 +78,8 @@ class DaliFiles:
             whole = torch.tensor([(0, 0, *array.shape[:2]) for array in arrays])
             flips, tensors = torch.from_numpy(batch.flips), [torch.from_numpy(array) for array in arrays]
             colours, size = self._finish.colours(batch), self._source.shape[:2]
-            return resized_crops_of(tensors, whole, flips, colours, size, self._threads, self._finish.blocks)
+            output = self._finish.output(len(arrays))
+            return resized_crops_of(tensors, whole, flips, colours, size, self._threads, output)
         resize, side = self._source.resize, self._source.size
         squares = list(self._pool.map(lambda array: centred(array, resize, side), arrays))
         return self._finish(torch.from_numpy(np.stack(squares)), np.arange(len(squares)), batch)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsnap.data import colour
+from fastsnap.data.blocks import Blocks
 from fastsnap.data.plan import Batch, Plan
-from fastsnap.kernels.blocks import Blocks
 from fastsnap.kernels.resized_crop import resized_crops
 
 
@@ -31,7 +31,7 @@ class Finishing:
         device: torch.device,
     ) -> None:
         self._plan, self._size, self._device = plan, size, device
-        self.blocks = Blocks()
+        self._blocks = Blocks()
         self._mean_std = tuple(mean), tuple(std)
         height, width, channels = shape
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).repeat(width)  # of a row [W * C]
@@ -78,8 +78,15 @@ class Finishing:
         self, images: Tensor, indices: NDArray[np.int64], batch: Batch, boxes: NDArray[np.int64]
     ) -> Tensor:
         flips, colours = self._send(batch.flips), self.colours(batch).to(self._device, non_blocking=True)
-        return resized_crops(
-            images, self._send(indices), self._send(boxes), flips, colours, self._size, blocks=self.blocks
+        where, output = (self._send(indices), self._send(boxes)), self.output(len(indices))
+        return resized_crops(images, *where, flips, colours, self._size, output=output)
+
+    def output(self, count: int) -> Tensor | None:
+        """Memory for `count` resized crops on a CPU."""
+        return (
+            self._blocks.take(count, *self._size, len(self._mean_std[0]))
+            if self._device.type == "cpu"
+            else None
         )
 
     def _flipped_and_cropped(self, images: Tensor, indices: NDArray[np.int64], batch: Batch) -> Tensor:

@@ -403,7 +403,11 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_signal_outside_the_loop_is_answered_with_one_line(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assembly, "load_dataset", lambda *_, **__: os.kill(os.getpid(), number))
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(30)  # whichever thread the signal reaches, it ends this
+
+    monkeypatch.setattr(assembly, "load_dataset", stop)
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 128 + number
     name = signal.Signals(number).name
     assert capsys.readouterr().out == f"stopped by {name}. Run the same command again to go on\n"

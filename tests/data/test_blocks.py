@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from fastsnap.kernels.blocks import MOST_BLOCKS, Blocks
+from fastsnap.data.blocks import MOST_BLOCKS, Blocks
 
 
 def test_what_is_held_is_never_given_out_again() -> None:
