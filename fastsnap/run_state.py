@@ -6,14 +6,19 @@ from pathlib import Path
 from fastsnap.run_files import RunError, move_aside
 from fastsnap.run_folder import CHECKPOINT, CONFIG, EVALUATION, RESULTS, RunFolder
 
+RESTART = "add --restart to move what is there aside and train again from the start"
 
-def require_config(folder: RunFolder) -> None:
-    """Raise RunError for a folder that holds what a run made, but not its configuration."""
+
+def require_config(folder: RunFolder, restart: str = RESTART) -> None:
+    """Raise RunError for a folder that holds what a run made, but not its configuration.
+
+    restart  here and below: how the user trains again from the start
+    """
     found = [name for name in RESULTS if folder.has(name)]
     if found and not folder.exists():
         raise RunError(
             f"{folder.path / CONFIG} is missing, though {', '.join(found)} of a run are there: put a copy of it "
-            "back, choose another --out, or add --restart to move them aside and train again"
+            f"back, choose another --out, or {restart}"
         )
 
 
@@ -30,26 +35,24 @@ def is_finished(folder: RunFolder, steps: int) -> bool:
     return not folder.has(CHECKPOINT) or bool(records and records[-1]["step"] >= steps)
 
 
-def require_nothing_trained(folder: RunFolder) -> None:
+def require_nothing_trained(folder: RunFolder, restart: str = RESTART) -> None:
     """Raise RunError if there are snapshots or epochs of a run that has no checkpoint any more to go on from."""
     entries, records = folder.snapshots(), folder.metrics()
     if entries or records:
         raise RunError(
             f"{folder.path} holds {len(entries)} snapshots and {len(records)} epochs of an unfinished run, but its "
-            f"{CHECKPOINT} is missing: put a copy of it back to go on, or add --restart to move what is there aside "
-            "and train again from the start"
+            f"{CHECKPOINT} is missing: put a copy of it back to go on, or {restart}"
         )
 
 
-def require_snapshots(folder: RunFolder, ends: Sequence[int], step: int) -> None:
+def require_snapshots(folder: RunFolder, ends: Sequence[int], step: int, restart: str = RESTART) -> None:
     """Raise RunError unless the manifest has a snapshot for each of the cycles' `ends` up to `step`."""
     saved = {entry.number for entry in folder.snapshots()}
     missing = [number for number, end in enumerate(ends, start=1) if end <= step and number not in saved]
     if missing:
         raise RunError(
             f"{folder.path} is at step {step}, but its manifest.json lacks snapshot "
-            f"{', '.join(map(str, missing))}: put a copy of it back, or add --restart to move what is there aside "
-            "and train again from the start"
+            f"{', '.join(map(str, missing))}: put a copy of it back, or {restart}"
         )
 
 

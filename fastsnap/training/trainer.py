@@ -11,26 +11,21 @@ from torch import Tensor, nn
 from fastsnap.data.archives import DataError
 from fastsnap.data.plan import Pipeline
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.run_folder import RunError, RunFolder
-from fastsnap.run_state import is_finished, require_nothing_trained, require_snapshots
+from fastsnap.run_folder import RunFolder
 from fastsnap.training.apex import ApexSGD
 from fastsnap.training.optim import SnapshotSGD
 from fastsnap.training.pace import Pace
 from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
+from fastsnap.training.records import LOG_STEPS, Records
 from fastsnap.training.step import TrainStep
 from fastsnap.training.stopping import TrainingStopped, stop_signals
 
-LOG_STEPS = 50  # most steps between two looks at the loss: each one waits for the device
 LOG_SECONDS = 2.0  # most seconds between two looks, for slow steps
 CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epochs
 WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
 ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
 STEPS_PER_SEED = 2**40  # so that no step of one seed is a step of the next
 LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
-
-
-class TrainingDiverged(RunError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass
@@ -66,6 +61,7 @@ class Trainer:
     ) -> None:
         self.network, self.optimizer, self.train_step = network, optimizer, train_step
         self.pipeline, self.schedule, self.images, self.folder = pipeline, schedule, images, folder
+        self.records = Records(folder, schedule, pipeline.steps_per_epoch)
         self.random_seed = random_seed
         self.step = 0  # updates done
         self.seconds = 0.0  # spent training until the current session
@@ -146,11 +142,8 @@ class Trainer:
         self._look = Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen())
         # The last update may have broken the weights after a loss that still was finite.
         if not math.isfinite(loss_sum) or (saving and not self.optimizer.flat.data.isfinite().all()):
-            raise TrainingDiverged(
-                f"the loss became NaN or infinite between steps {looked_before + 1} and {self.step} "
-                f"(epoch {self._epoch()}, cycle {self._cycle()}); the {len(self.folder.snapshots())} snapshots saved "
-                f"before are kept in {self.folder.path}. Try a lower --lr or --precision fp32, with another --out"
-            )
+            remedy = "Try a lower --lr or --precision fp32, with another --out"
+            raise self.records.diverged(looked_before, self.step, remedy)
         status = self._status()
         display.show(status, epoch_ended=epoch_ended)
         if not self._estimated and self.step - self._warm[0] >= ESTIMATE_STEPS:
@@ -205,32 +198,21 @@ class Trainer:
     # -- saving
 
     def _save_snapshot(self, display: ProgressDisplay) -> None:
-        entry = self.folder.save_snapshot(
-            self.network.state_dict(),
-            step=self.step,
-            cycle=self._cycle(),
-            epoch=self._epoch(),
-            learning_rate=self.schedule.rate(self.step - 1),
-            train_loss=self._look.loss_sum / self._look.images,
-        )
+        train_loss = self._look.loss_sum / self._look.images
+        entry = self.records.save_snapshot(self.network.state_dict(), self.step, train_loss)
         display.message(
             f"saved snapshot {entry.number} of {self.schedule.cycles}: {self.folder.path / entry.file}"
         )
 
     def _end_epoch(self) -> None:
         seconds = self._seconds_in_epoch()
-        self.folder.append_metrics(
-            {
-                "step": self.step,
-                "epoch": self._epoch(),
-                "cycle": self._cycle(),
-                "lr": self.schedule.rate(self.step - 1),
-                "train_loss": self._look.loss_sum / self.images,
-                "train_error": 100 * self._look.errors / self.images,
-                "images_per_second": self.images / seconds,
-                "seconds": self._seconds_in_all(),
-            }
-        )
+        figures = {
+            "train_loss": self._look.loss_sum / self.images,
+            "train_error": 100 * self._look.errors / self.images,
+            "images_per_second": self.images / seconds,
+            "seconds": self._seconds_in_all(),
+        }
+        self.records.end_epoch(self.step, figures)
         self.train_step.totals.zero_()
         self._look = Look(self.step, self._look.time)
         self.epoch_seconds, self._epoch_start = 0.0, time.perf_counter()
@@ -238,13 +220,11 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Save everything that the rest of the run depends on."""
         state = {
-            "step": self.step,
-            "steps": self.schedule.steps,
             "seconds": self._seconds_in_all(),
             "epoch_seconds": self._seconds_in_epoch(),
             "scaler": self.train_step.scaler.state_dict(),
         }
-        self.folder.save_checkpoint(self._tensors(), state)
+        self.records.save_checkpoint(self._tensors(), self.step, state)
         self._checkpoint_time = time.perf_counter()
 
     def resume(self) -> bool:
@@ -254,33 +234,16 @@ class Trainer:
         Raises RunError for a checkpoint that does not fit this run, and for results that are incomplete: none is
         trained again unasked.
         """
-        ends = [self.schedule.boundary(cycle) for cycle in range(1, self.schedule.cycles + 1)]
-        if is_finished(self.folder, self.schedule.steps):
-            require_snapshots(self.folder, ends, self.schedule.steps)
+        if self.records.finished():
             self.step = self.schedule.steps
             return True
-        checkpoint = self.folder.load_checkpoint()
+        checkpoint = self.records.checkpoint()
         if checkpoint is None:
-            require_nothing_trained(self.folder)
-            self.folder.forget_after(0)
             # So a checkpoint that is missing later was removed.
             self.save_checkpoint()
             return False
         tensors, state = checkpoint
-        own = self._tensors()
-        if state["steps"] != self.schedule.steps:
-            raise RunError(
-                f"the checkpoint in {self.folder.path} is of a run of {state['steps']:,} steps, this one has "
-                f"{self.schedule.steps:,}: it is of another data set, or of fastsnap 0.1.0, where the last few images "
-                "of an epoch were a batch of their own. Choose another --out, or go on with the version that began it"
-            )
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
-            raise RunError(
-                f"the checkpoint in {self.folder.path} is of another network or version; choose another --out"
-            )
-        require_snapshots(self.folder, ends, state["step"])
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        self.records.restore(self._tensors(), tensors, state["step"])
         self.optimizer.seek(state["step"])
         self.train_step.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.epoch_seconds = state["step"], state["seconds"], state["epoch_seconds"]
@@ -297,10 +260,10 @@ class Trainer:
     # -- where the run is
 
     def _epoch(self) -> int:
-        return (self.step - 1) // self.pipeline.steps_per_epoch + 1
+        return self.records.epoch(self.step)
 
     def _cycle(self) -> int:
-        return self.schedule.cycle(self.step - 1) + 1
+        return self.records.cycle(self.step)
 
     def _images_seen(self) -> int:
         """Images of the current epoch trained on; all of them right after its last step."""

@@ -21,7 +21,7 @@ from fastsnap.data.datasets import load_dataset
 from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.progress import ProgressDisplay
-from fastsnap.training.trainer import TrainingDiverged
+from fastsnap.training.records import TrainingDiverged
 
 EPOCHS, CYCLES = 6, 3
 STEPS_PER_EPOCH = 23  # 1,437 images in batches of 64
