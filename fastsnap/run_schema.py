@@ -92,6 +92,29 @@ class Config:
 
 
 @dataclass(frozen=True)
+class OwnLoopConfig:
+    """config.json of a run whose network, data and loop are the user's own: see training.recorder."""
+
+    loop: Literal["own"]
+    net: Text  # class of the network
+    parameters: CountOrNone  # numbers that it has
+    dataset: Text  # as the user calls it
+    optimizer: Text | None  # its class; None: the loop keeps checkpoints of its own
+    cycles: Count
+    steps: Count
+    steps_per_epoch: Count
+    learning_rate: Rate
+    schedule: Literal[schedule.KINDS]  # type: ignore[valid-type]
+    precision: Literal[PRECISIONS]  # type: ignore[valid-type]
+    classes: Count
+    class_names: list[Text] | None = None
+    mean: list[Number] | None = None
+    std: list[Rate] | None = None
+    image_shape: Annotated[list[Count], msgspec.Meta(min_length=3, max_length=3)] | None = None
+    versions: dict[str, str | None] | None = None
+
+
+@dataclass(frozen=True)
 class SnapshotEntry:
     """A line of the manifest. `number`, `cycle` and `epoch` count from 1; `step` is the number of updates done."""
 
@@ -135,6 +158,7 @@ class CheckpointState:
     seconds: Number
     epoch_seconds: Number
     scaler: dict[str, float]
+    optimizer: dict[str, Any] | None = None  # of a loop of the user's own: see training.state_tree
 
 
 Schema = TypeVar("Schema")
@@ -209,7 +233,7 @@ def check_order(numbers: list[int], name: str, place: str) -> None:
 
 def check_config(value: Any, place: str) -> None:
     """Raise RunError unless `value` can be config.json, with a plan that can be trained."""
-    check(value, Config, place)
+    check(value, OwnLoopConfig if isinstance(value, dict) and is_own_loop(value) else Config, place)
     if value["cycles"] > planned_steps(value):
         raise RunError(
             f"{place} is damaged: cycles: {value['cycles']} are more than the {planned_steps(value)} steps of the run; "
@@ -217,8 +241,15 @@ def check_config(value: Any, place: str) -> None:
         )
 
 
+def is_own_loop(config: dict[str, Any]) -> bool:
+    """Whether config.json is an OwnLoopConfig: of a run whose network cannot be built from it."""
+    return "loop" in config
+
+
 def planned_steps(config: dict[str, Any]) -> int:
     """Updates of the finished run that config.json describes."""
+    if is_own_loop(config):
+        return config["steps"]
     return config["epochs"] * -(-config["images"]["train"] // config["batch_size"])
 
 

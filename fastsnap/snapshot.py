@@ -28,14 +28,27 @@ def save_snapshot(network: nn.Module | Mapping[str, Tensor], path: str | os.Path
 
 def snapshot_content(network: nn.Module | Mapping[str, Tensor]) -> bytes:
     """The content of `save_snapshot`'s file. Raises ValueError for tensors that cannot be saved so."""
-    if isinstance(network, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        network = network.module
+    network = plain_network(network) if isinstance(network, nn.Module) else network
     state = network.state_dict() if isinstance(network, nn.Module) else network
     plain = {name.replace(COMPILED_PREFIX, ""): _plain(name, tensor) for name, tensor in state.items()}
     try:
         return safetensors.torch.save(plain)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"the network cannot be saved as safetensors: {error}") from error
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """The network itself, from within DistributedDataParallel and torch.compile."""
+    if isinstance(network, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return plain_network(network.module)
+    inner = getattr(network, COMPILED_PREFIX.rstrip("."), None)
+    return plain_network(inner) if isinstance(inner, nn.Module) else network
+
+
+def load_plain(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a snapshot's state_dict into `network`, compiled or not. Raises RuntimeError where it does not fit."""
+    names = {name.replace(COMPILED_PREFIX, ""): name for name in network.state_dict()}
+    network.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()})
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
