@@ -10,20 +10,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsnap.ensemble.own_network import evaluate as evaluate
     from fastsnap.kernels.averaging import average_members as average_members
     from fastsnap.kernels.schedule import Schedule as Schedule
     from fastsnap.snapshot import save_snapshot as save_snapshot
     from fastsnap.training.optim import SnapshotSGD as SnapshotSGD
+    from fastsnap.training.recorder import SnapshotRecorder as SnapshotRecorder
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Schedule": "fastsnap.kernels.schedule",  # the learning rate and the cycle as pure functions of the step
+    "SnapshotRecorder": "fastsnap.training.recorder",  # a run folder of any training loop
     "SnapshotSGD": "fastsnap.training.optim",  # the fused update as a torch.optim.Optimizer
     "average_members": "fastsnap.kernels.averaging",  # all statistics of an ensemble from its members' logits
+    "evaluate": "fastsnap.ensemble.own_network",  # what such a run's ensemble is worth, with the user's network
     "save_snapshot": "fastsnap.snapshot",  # a network of any memory layout as a safetensors file
 }
-__all__ = ["Schedule", "SnapshotSGD", "average_members", "save_snapshot"]
+__all__ = ["Schedule", "SnapshotRecorder", "SnapshotSGD", "average_members", "evaluate", "save_snapshot"]
 
 
 def __getattr__(name: str) -> Any:

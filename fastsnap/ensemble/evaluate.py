@@ -21,11 +21,13 @@ from fastsnap.ensemble.inputs import (
     load_data,
     network_of,
     require_evaluation_memory,
+    require_known_network,
 )
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
 from fastsnap.ensemble.views import ONE, TEN_CROP, CornerFiles, average_views, require_views, views_of
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_schema import SnapshotEntry, check_plan
+from fastsnap.snapshot import load_plain
 
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
 OnMember = Callable[[SnapshotEntry], None]
@@ -129,6 +131,7 @@ def evaluate_run(
     labels that are not those that the run had.
     """
     config = folder.config()
+    require_known_network(config, folder)
     entries = choose_snapshots(folder, snapshots)
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
     dataset = dataset or load_data(config, data, folder)
@@ -229,7 +232,7 @@ def fill_member_logits(
     for entry, logits_NC in zip(entries, logits_MNC, strict=True):
         if on_member:
             on_member(entry)
-        _load_member(network, folder, entry)
+        load_member(network, folder, entry)
         done = 0
         # Entered anew for each member: under no_grad, autocast would keep the first one's cast weights.
         with torch.autocast(logits_NC.device.type, dtype, enabled=dtype is not None):
@@ -248,9 +251,10 @@ def _logits(network: nn.Module, images: Tensor, views: str, padding: int) -> Ten
     return average_views(network(view) for view in views_of(views, images, padding))
 
 
-def _load_member(network: nn.Module, folder: RunFolder, entry: SnapshotEntry) -> None:
+def load_member(network: nn.Module, folder: RunFolder, entry: SnapshotEntry) -> None:
+    """Load a snapshot into `network`. Raises RunError for one that is damaged or does not fit."""
     try:
-        network.load_state_dict(folder.load_snapshot(entry))
+        load_plain(network, folder.load_snapshot(entry))
     except RuntimeError as error:
         raise RunError(
             f"snapshot {entry.number} ({entry.file}) does not fit the net of "

@@ -15,10 +15,19 @@ from fastsnap.device import Precision, choose_precision, free_device_memory
 from fastsnap.nets.build import build_network
 from fastsnap.nets.resnet import KERNEL_OPERATIONS
 from fastsnap.run_folder import RunError, RunFolder
-from fastsnap.run_schema import SnapshotEntry
+from fastsnap.run_schema import SnapshotEntry, is_own_loop
 from fastsnap.training.memory import evaluation_needs, footprint, require_memory
 
 SPLITS = ("test", "validation")
+
+
+def require_known_network(config: dict[str, Any], folder: RunFolder) -> None:
+    """Raise RunError for a run whose network and data only the program that trained it has."""
+    if is_own_loop(config):
+        raise RunError(
+            f"{folder.path} is of a training loop with a network of its own ({config['net']}), which this command does "
+            f"not have: evaluate it from Python, with fastsnap.evaluate({str(folder.path)!r}, network, batches)"
+        )
 
 
 def choose_snapshots(folder: RunFolder, numbers: Sequence[int] | None) -> list[SnapshotEntry]:

@@ -19,7 +19,7 @@ from fastsnap.kernels.schedule import Schedule
 from fastsnap.printing import escaped, literal
 from fastsnap.run_files import RunError, write_atomically
 from fastsnap.run_folder import RunFolder
-from fastsnap.run_schema import SnapshotEntry
+from fastsnap.run_schema import SnapshotEntry, is_own_loop
 
 DOTS_PER_INCH = 160
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -144,6 +144,8 @@ def _updates_per_epoch(config: dict[str, Any], metrics: Sequence[dict[str, Any]]
 
     Raises RunError for lines whose epochs are not of one length.
     """
+    if is_own_loop(config):
+        return config["steps_per_epoch"]
     if not metrics:
         return training_steps(config["images"]["train"], config["batch_size"])
     lengths = {divmod(record["step"], record["epoch"]) for record in metrics}
@@ -163,7 +165,8 @@ def save_plots(folder: RunFolder, report: Report, out: Path, suffix: str = "") -
     updates_per_epoch = _updates_per_epoch(config, metrics, folder.path)
     # A run of version 0.1.0 without metrics has some steps more than are planned now.
     done = max([record["step"] for record in metrics] + [entry.step for entry in snapshots])
-    steps = max(config["epochs"] * updates_per_epoch, done)
+    planned = config["steps"] if is_own_loop(config) else config["epochs"] * updates_per_epoch
+    steps = max(planned, done)
     try:
         schedule = Schedule(config["schedule"], steps, config["cycles"], config["learning_rate"])
     except ValueError as error:

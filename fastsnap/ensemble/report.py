@@ -53,10 +53,24 @@ def report_run(
             precision=precision,
             **options,
         )
+    publish(report, folder, console, out, asked_precision=precision, json_path=json_path)
+    return report
+
+
+def publish(
+    report: Report,
+    folder: RunFolder,
+    console: Console,
+    out: Path,
+    *,
+    asked_precision: str,
+    json_path: str | None = None,
+) -> None:
+    """Save JSON and plots in `out`, and print the tables. Raises as report_run does."""
     # Saved first: whatever happens to a terminal or a pipe, the result of minutes is there.
     failure = None
     try:
-        saved = _save(report, folder, out, file_suffix(report, precision))
+        saved = _save(report, folder, out, file_suffix(report, asked_precision))
         if json_path and json_path != "-":
             _write_json(Path(json_path), report)
     except RunError as error:
@@ -68,7 +82,6 @@ def report_run(
     if not arrived:
         raise OutputLost
     print_line(console, f"saved {', '.join(saved[:-1])} and {saved[-1]} in {out}")
-    return report
 
 
 def file_suffix(report: Report, asked_precision: str) -> str:
