@@ -155,6 +155,7 @@ class SnapshotRecorder:
             yield
             self._session_start = time.perf_counter()
             self._looked_at = self.step
+            self._loss_sum, self._losses = torch.zeros((), dtype=torch.float64), 0
             self._lock = lock.pop_all()
         if self.step == self.schedule.steps:
             self.close()

@@ -12,6 +12,7 @@ from torch import nn
 from update_cases import cases as update_cases
 from update_cases import check_against_reference
 
+from fastsnap.kernels.schedule import Schedule
 from fastsnap.training.optim import SnapshotSGD
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +28,8 @@ def test_update_agrees_with_the_reference(case):
 
 def test_the_share_of_the_average_keeps_its_digits():
     parameter = nn.Parameter(torch.ones(100, device="cuda"))
-    optimizer = SnapshotSGD([parameter], SCHEDULE, average_decay=0.99999)
+    schedule = Schedule("snapshot", 2 * 10**6, 2, 0.1)
+    optimizer = SnapshotSGD([parameter], schedule, average_decay=0.99999)
     optimizer.seek(10**6, averaged=10**6)
     optimizer.step()
     torch.testing.assert_close(optimizer.average[:100], torch.full_like(parameter, 1e-5), rtol=1e-6, atol=0)
