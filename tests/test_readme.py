@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
+from fastsnap.run_folder import RunFolder
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def test_the_example_of_an_own_loop_has_at_most_15_lines_and_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example = EXAMPLES[0]
     assert len(example.splitlines()) <= 15
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
@@ -24,6 +27,18 @@ def test_the_example_of_an_own_loop_has_at_most_15_lines_and_runs(
     states = [safetensors.torch.load_file(file) for file in files]
     weights = [next(iter(state.values())) for state in states]
     assert all((first != second).any() for first, second in itertools.pairwise(weights))
+
+
+def test_the_example_of_a_recorded_loop_makes_a_run_and_evaluates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(EXAMPLES) == 2
+    monkeypatch.chdir(tmp_path)
+    exec(compile(EXAMPLES[1], "README.md", "exec"), {})
+    folder = RunFolder(tmp_path / "runs" / "my-loop")
+    assert [entry.step for entry in folder.snapshots()] == [10, 20, 30, 40]
+    assert (folder.path / "ensemble.json").exists()
+    assert "saved ensemble.json" in capsys.readouterr().out
 
 
 def test_every_make_target_that_the_pages_name_exists() -> None:
