@@ -186,3 +186,14 @@ def test_batches_that_cannot_be_evaluated(batches: list[object], message: str, t
     record(tmp_path / "run", snapshot_sgd)
     with pytest.raises(ValueError, match=message):
         fastsnap.evaluate(tmp_path / "run", make_network(), batches)
+
+
+def test_a_network_of_other_classes_is_refused_and_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
+    done = record(tmp_path / "run", snapshot_sgd)
+    batches = [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]
+    other = torch.nn.Sequential(*list(make_network())[:-1], torch.nn.Linear(8 * 36, CLASSES + 1))
+    with pytest.raises(RunError, match=r"snapshot 1 .* does not fit"):
+        fastsnap.evaluate(tmp_path / "run", other, batches)
+    (tmp_path / "run" / done.folder.snapshots()[1].file).write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"snapshot 2|snapshot-02"):
+        fastsnap.evaluate(tmp_path / "run", make_network(), batches)
