@@ -10,7 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsnap.ensemble.loading import load_ensemble as load_ensemble
+    from fastsnap.ensemble.module import Ensemble as Ensemble
     from fastsnap.ensemble.own_network import evaluate as evaluate
+    from fastsnap.ensemble.predictions import Predictions as Predictions
+    from fastsnap.ensemble.preprocessing import Preprocessing as Preprocessing
     from fastsnap.kernels.averaging import average_members as average_members
     from fastsnap.kernels.schedule import Schedule as Schedule
     from fastsnap.snapshot import save_snapshot as save_snapshot
@@ -20,14 +24,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Ensemble": "fastsnap.ensemble.module",  # what load_ensemble returns
+    "Predictions": "fastsnap.ensemble.predictions",  # what its predict returns
+    "Preprocessing": "fastsnap.ensemble.preprocessing",  # what it does to a picture
     "Schedule": "fastsnap.kernels.schedule",  # the learning rate and the cycle as pure functions of the step
     "SnapshotRecorder": "fastsnap.training.recorder",  # a run folder of any training loop
     "SnapshotSGD": "fastsnap.training.optim",  # the fused update as a torch.optim.Optimizer
     "average_members": "fastsnap.kernels.averaging",  # all statistics of an ensemble from its members' logits
     "evaluate": "fastsnap.ensemble.own_network",  # what such a run's ensemble is worth, with the user's network
+    "load_ensemble": "fastsnap.ensemble.loading",  # the snapshots of a run as one module
     "save_snapshot": "fastsnap.snapshot",  # a network of any memory layout as a safetensors file
 }
-__all__ = ["Schedule", "SnapshotRecorder", "SnapshotSGD", "average_members", "evaluate", "save_snapshot"]
+__all__ = [
+    "Ensemble",
+    "Predictions",
+    "Preprocessing",
+    "Schedule",
+    "SnapshotRecorder",
+    "SnapshotSGD",
+    "average_members",
+    "evaluate",
+    "load_ensemble",
+    "save_snapshot",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -221,6 +221,7 @@ def describe(config: TrainConfig, dataset: Dataset, initial: InitialWeights | No
         "std": list(dataset.std),
         "image_shape": list(dataset.test.shape),
         "resize": dataset.resize,
+        "background": None if dataset.background is None else list(dataset.background),
         "storage": dataset.storage,
         "initial_sha256": initial.sha256 if initial else None,
         "data_source": dataset.source,

@@ -31,6 +31,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 CountOrNone = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Number = Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
+Colour = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Rate = Annotated[float, msgspec.Meta(gt=0, le=LARGEST)]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"\A[^\x00]*\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -87,6 +88,7 @@ class Config:
     # Height, width, channels.
     image_shape: Annotated[list[Count], msgspec.Meta(min_length=3, max_length=3)] | None = None
     resize: Count | None = None  # pixels of the shorter side before the centre crop; None: used as they are
+    background: list[Colour] | None = None  # of a folder of pictures: what transparent pixels show
     versions: dict[str, str | None] | None = None
     fingerprints: dict[str, Sha256] | None = None
 

@@ -26,7 +26,8 @@ def fused_batch_norm_relu(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor 
     """The same, in the CPU kernel where it can be used: see `is_fusible`. Sums are taken in fp32 or better, and
     nothing is rounded in between. Backward once.
     """
-    if not is_fusible(norm, input, shortcut):
+    # torch.compile cannot look into a kernel.
+    if torch.compiler.is_compiling() or not is_fusible(norm, input, shortcut):
         return reference_batch_norm_relu(norm, input, shortcut)
     from .batch_norm_cpu import BatchNormRelu, infer
 

@@ -43,6 +43,7 @@ def load_folder(name: str, folder: Path, augment: str | None, wishes: Wishes) ->
         source=f"{layout.root}: {layout.kind}",
         resize=found.resize,
         storage=found.storage,
+        background=found.background,
     )
 
 

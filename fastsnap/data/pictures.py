@@ -62,6 +62,7 @@ class Pictures:
     std: tuple[float, ...]
     resize: int
     storage: str
+    background: tuple[int, ...]
 
 
 def load_pictures(layout: Layout, augment: str, wishes: Wishes) -> Pictures:
@@ -93,7 +94,15 @@ def load_pictures(layout: Layout, augment: str, wishes: Wishes) -> Pictures:
     ]
     _require_classes(layout, *sources)
     facts = entry.facts
-    return Pictures(sources[0], sources[1], tuple(facts["mean"]), tuple(facts["std"]), resize, storage)
+    return Pictures(
+        sources[0],
+        sources[1],
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        resize=resize,
+        storage=storage,
+        background=tuple(facts["background"]),
+    )
 
 
 def _surveyed(layout: Layout, wishes: Wishes) -> tuple[Split, Split, bool]:

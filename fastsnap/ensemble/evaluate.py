@@ -144,7 +144,8 @@ def evaluate_run(
         require_evaluation_memory(
             config, dataset, folder, device, batch_size, len(image_set.labels), len(entries)
         )
-    network = network_of(config, dataset, folder).to(memory_format=torch.channels_last).to(device)
+    network = network_of(config, folder, dataset.test.shape, len(dataset.classes))
+    network = network.to(memory_format=torch.channels_last).to(device)
     pipeline = _pipeline(config, data, folder, dataset, split, views, batch_size=batch_size, device=device)
     start = time.perf_counter()
     labels_N = torch.from_numpy(image_set.labels).to(device)

@@ -125,19 +125,29 @@ def require_evaluation_memory(
 ) -> None:
     """Raise ValueError, with the figures, for what memory cannot hold."""
     height, width, channels = dataset.test.shape
-    network = network_of(config, dataset, folder, device="meta")
+    network = network_of(config, folder, dataset.test.shape, len(dataset.classes), device="meta")
     size = footprint(network, (channels, height, width))
     needs = evaluation_needs(size, batch, images, len(dataset.classes), members)
     remedy = "use a smaller --batch-size or fewer --snapshots"
     require_memory("the evaluation", needs, free_device_memory(device), remedy)
 
 
-def network_of(config: dict[str, Any], dataset: Dataset, folder: RunFolder, device: str = "cpu") -> nn.Module:
-    height, width, channels = dataset.test.shape
+def network_of(
+    config: dict[str, Any],
+    folder: RunFolder,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    device: str = "cpu",
+) -> nn.Module:
+    """The run's network, freshly initialised.
+
+    image_shape  height, width and channels of the images that it sees
+    """
+    height, width, channels = image_shape
     try:
         return build_network(
             config["net"],
-            classes=len(dataset.classes),
+            classes=classes,
             in_channels=channels,
             image_size=(height, width),
             shortcut=config["shortcut"],

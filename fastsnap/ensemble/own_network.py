@@ -198,8 +198,16 @@ def _logits(network: nn.Module, images: Tensor, count: int, classes: int, precis
     # Entered anew for each member: autocast would keep the first one's cast weights.
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         output = network(images)
-    output = getattr(output, "logits", output)
-    output = output[0] if isinstance(output, tuple) else output
+    return logits_of(output, count, classes)
+
+
+def logits_of(output: Any, count: int, classes: int) -> Tensor:
+    """Logits [count, classes], float32, from what a network returned: them, an object that has them as `.logits`, or a
+    tuple of them and more. Raises ValueError for anything else.
+    """
+    if not isinstance(output, Tensor):
+        output = getattr(output, "logits", output)
+        output = output[0] if isinstance(output, tuple) else output
     if not isinstance(output, Tensor) or output.shape != (count, classes):
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise ValueError(
