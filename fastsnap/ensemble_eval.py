@@ -14,28 +14,18 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from fastsnap import __version__
-from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS, choose_device
+from fastsnap.command_line import add_computing, exit_status, snapshot_numbers
+from fastsnap.device import choose_device
 from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.ensemble.inputs import SPLITS
 from fastsnap.ensemble.report import report_run
 from fastsnap.ensemble.views import MIRROR, ONE, TEN_CROP
-from fastsnap.limits import THREADS_HELP, choose_threads
-from fastsnap.printing import ArgumentParser, OutputLost, is_lost, make_console, print_error, print_failure
+from fastsnap.limits import choose_threads
+from fastsnap.printing import ArgumentParser, is_lost, make_console
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
 from fastsnap.training.allocator import keep_freed_memory
-from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
-
-
-def _snapshot_numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be numbers separated by commas, such as 3,5; got {text!r}"
-        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--snapshots",
         metavar="N,N,...",
-        type=_snapshot_numbers,
+        type=snapshot_numbers,
         help="numbers of the snapshots to evaluate, from 1 (default: all that are saved)",
     )
     parser.add_argument(
@@ -86,23 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="write JSON and plots there, for a run folder that cannot be written to (default: the run folder)",
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=BATCH_SIZE, help=f"images per forward pass (default: {BATCH_SIZE})"
-    )
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="auto: CUDA if there is one (default: auto)"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help=f"of the forward passes, whatever the run was trained in; {PRECISION_HELP}; "
-        "another than that of training is part of the files' names (default: auto)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        help=THREADS_HELP,
+    add_computing(
+        parser,
+        BATCH_SIZE,
+        "auto",
+        note=", whatever the run was trained in; another than that of training is part of the files' names",
     )
     parser.add_argument("--data", metavar="DIR", help="folder that holds the data sets (default: the run's)")
     parser.add_argument("--version", action="version", version=f"fastsnap {__version__}")
@@ -127,22 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     keep_freed_memory()
-    try:
-        with stop_signals_raised():
-            console = _evaluate(options)
-    except OutputLost:
-        return 128 + signal.SIGPIPE
-    except TrainingStopped as stopped:
-        print_error(f"stopped by {stopped}")
-        return 128 + stopped.signal_number
-    except ValueError as error:
-        print_failure(error)
-        return 2
-    return 128 + signal.SIGPIPE if is_lost(console) else 0
+    return exit_status(lambda: _evaluate(options))
 
 
-def _evaluate(options: argparse.Namespace) -> Console:
-    """Returns the console that the report was printed on."""
+def _evaluate(options: argparse.Namespace) -> int:
     _check_json_path(options.json)
     torch.set_num_threads(choose_threads(options.threads).count)
     console = make_console(stderr=options.json == "-")
@@ -159,7 +125,7 @@ def _evaluate(options: argparse.Namespace) -> Console:
         precision=options.precision,
         views=options.views,
     )
-    return console
+    return 128 + signal.SIGPIPE if is_lost(console) else 0
 
 
 if __name__ == "__main__":
