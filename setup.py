@@ -98,6 +98,8 @@ setup(
         "dali": ["nvidia-dali-cuda130>=1.52,<3; platform_system == 'Linux'"],
         "bench": [],
         "timm": ["timm>=1,<2"],
+        # To write ONNX files, and to run them once for comparison.
+        "onnx": ["onnx>=1.17,<2", "onnxscript>=0.5.4,<1", "onnxruntime>=1.20,<2"],
         "test": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",

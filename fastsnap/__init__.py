@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsnap.ensemble.exporting import export_ensemble as export_ensemble
     from fastsnap.ensemble.loading import load_ensemble as load_ensemble
     from fastsnap.ensemble.module import Ensemble as Ensemble
     from fastsnap.ensemble.own_network import evaluate as evaluate
@@ -32,6 +33,7 @@ _MODULES = {
     "SnapshotSGD": "fastsnap.training.optim",  # the fused update as a torch.optim.Optimizer
     "average_members": "fastsnap.kernels.averaging",  # all statistics of an ensemble from its members' logits
     "evaluate": "fastsnap.ensemble.own_network",  # what such a run's ensemble is worth, with the user's network
+    "export_ensemble": "fastsnap.ensemble.exporting",  # as one file for other programs
     "load_ensemble": "fastsnap.ensemble.loading",  # the snapshots of a run as one module
     "save_snapshot": "fastsnap.snapshot",  # a network of any memory layout as a safetensors file
 }
@@ -44,6 +46,7 @@ __all__ = [
     "SnapshotSGD",
     "average_members",
     "evaluate",
+    "export_ensemble",
     "load_ensemble",
     "save_snapshot",
 ]

@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,9 +18,10 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, check: Callable[[Path], None] | None = None) -> None:
     """Replace `path` by `content`, synced to disk. Raises RunError, leaving the old file, when that fails.
 
+    check  is given the file under its temporary name; what it raises is raised, and the old file left as it is
     Any number of processes may write the same file at the same time: it is then what one of them wrote last.
     """
     # A name of its own per write: of two writers that share one, the second renames what the first still fills.
@@ -31,6 +32,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if check:
+            _checked(temporary, check)
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -42,6 +45,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             f"cannot save {path}: {error.strerror}; what was saved before is intact. "
             f"{remedy}, then run the same command again"
         ) from error
+
+
+def _checked(temporary: Path, check: Callable[[Path], None]) -> None:
+    try:
+        check(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

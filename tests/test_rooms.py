@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # From the top to the bottom: a module imports from its own room and from those below, never up.
 ROOMS = (
-    ("train", "ensemble_eval"),
+    ("train", "ensemble_eval", "predict", "export"),
+    ("command_line",),
     ("assembly",),
     ("config",),
     ("recipes",),

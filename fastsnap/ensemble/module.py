@@ -120,6 +120,10 @@ class Ensemble(nn.Module):
     @torch.no_grad()
     def member_logits(self, images: Images) -> Tensor:
         """Logits float32 [M, N, classes] of each member. Raises ValueError as `forward` does, but not for NaN."""
+        return self.traceable_logits(images)
+
+    def traceable_logits(self, images: Images) -> Tensor:
+        """As `member_logits`, without turning gradients off, which torch.export cannot keep."""
         pixels = self._pixels(images)
         normalised = torch.sub(pixels.flatten(2), self.mean).mul_(self.scale).view(pixels.shape)
         inputs = normalised.permute(0, 3, 1, 2).to(next(self.networks.network.parameters()).dtype)
@@ -131,7 +135,8 @@ class Ensemble(nn.Module):
             # Entered anew for each member: autocast would keep the weights that it cast for another.
             with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
                 output = self.networks.take(index)(inputs)
-            logits.append(logits_of(output, len(pixels), len(self.classes)))
+            # Not len(pixels): it would be a constant in an exported graph.
+            logits.append(logits_of(output, pixels.shape[0], len(self.classes)))
         return torch.stack(logits)
 
     def _pixels(self, images: Images) -> Tensor:
