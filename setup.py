@@ -9,6 +9,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
+# What other people's tools need to meet this project: to write ONNX files and run them for comparison, and the loops that
+# a SnapshotRecorder goes into.
+ONNX = ["onnx>=1.17,<2", "onnxscript>=0.5.4,<1", "onnxruntime>=1.20,<2"]
+TIMM = ["timm>=1,<2"]
+LIGHTNING = ["lightning>=2.6,<3"]
+TRANSFORMERS = ["transformers>=5,<6", "accelerate>=1.1,<2"]
 ROOMS = ("ensemble", "training", "data", "nets")
 PROBE = "#include <omp.h>\n#include <vector>\nint threads() { return std::vector<int>{omp_get_max_threads()}[0]; }\n"
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastsnap" / "__init__.py").read_text())[1]
@@ -96,11 +102,16 @@ setup(
     extras_require={
         # The wheel must match torch's CUDA; without one, the PyTorch pipeline gives the same batches.
         "dali": ["nvidia-dali-cuda130>=1.52,<3; platform_system == 'Linux'"],
-        "bench": [],
-        "timm": ["timm>=1,<2"],
-        # To write ONNX files, and to run them once for comparison.
-        "onnx": ["onnx>=1.17,<2", "onnxscript>=0.5.4,<1", "onnxruntime>=1.20,<2"],
+        "bench": ONNX,
+        "onnx": ONNX,
+        "timm": TIMM,
+        "lightning": LIGHTNING,
+        "transformers": TRANSFORMERS,
         "test": [
+            *ONNX,
+            *TIMM,
+            *LIGHTNING,
+            *TRANSFORMERS,
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
