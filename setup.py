@@ -9,8 +9,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
-# What other people's tools need to meet this project: to write ONNX files and run them for comparison, and the loops that
-# a SnapshotRecorder goes into.
+# What this project meets other people's tools with: to write ONNX files and run them for comparison, and the loops
+# that a SnapshotRecorder goes into.
 ONNX = ["onnx>=1.17,<2", "onnxscript>=0.5.4,<1", "onnxruntime>=1.20,<2"]
 TIMM = ["timm>=1,<2"]
 LIGHTNING = ["lightning>=2.6,<3"]
