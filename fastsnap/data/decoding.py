@@ -30,6 +30,7 @@ from fastsnap.data.headers import (
 )
 
 PNG = b"\x89PNG"
+LONGEST = 64  # times the shorter side
 RED, GREEN, BLUE, HALF = 19595, 38470, 7471, 1 << 15  # Rec. 601 in 16 bits, as Pillow has it
 
 
@@ -105,9 +106,21 @@ def centred(image: NDArray[np.uint8], resize: int, size: int) -> NDArray[np.uint
     """
     if image.shape[:2] == (size, size) and resize == size:
         return image
-    pixels = torch.from_numpy(_plain_array(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(_plain_array(_without_ends(image))).permute(2, 0, 1)
     pixels = functional.center_crop(functional.resize(pixels, [resize], antialias=True), [size, size])
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _without_ends(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image that is far longer than a crop of its middle needs, without what would be resized only to be cropped
+    away: one of 1x10,000 pixels, its shorter side brought to 256, would take gigabytes.
+    """
+    longest = LONGEST * min(image.shape[:2])
+    cut = max(0, max(image.shape[:2]) - longest) // 2
+    if not cut:
+        return image
+    middle = slice(cut, max(image.shape[:2]) - cut)
+    return image[middle] if image.shape[0] > image.shape[1] else image[:, middle]
 
 
 def _plain_array(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
