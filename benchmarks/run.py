@@ -23,6 +23,7 @@ BENCHMARKS = {
     "kernels": "update and averaging kernels against PyTorch's, bytes and bandwidth",
     "layers": "batch normalisation and convolution on a CPU against PyTorch's",
     "evaluation": "evaluating an ensemble of 5",
+    "serving": "predicting with the ensemble and with its exported files, their sizes, cold starts",
     "scaling": "cost against batch size, M, depth and net size",
     "accuracy": "error of snapshot ensemble, standard schedule, NoCycle and SingleCycle at equal epochs",
 }

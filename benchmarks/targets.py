@@ -5,6 +5,7 @@ import evaluation
 import pictures
 import pipelines
 import schedules
+import serving
 import throughput
 from harness.measure import PROJECT
 from harness.precisions import asked_of_all, by_default
@@ -90,6 +91,37 @@ OTHERS = (
         evaluation.TWICE,
         "share",
         0.35,
+        at_most=True,
+    ),
+    *(
+        Target(
+            f"predicting with {members} x {net}, {batch} at a time, times as fast as: {serving.LOOP}",
+            serving.NAME,
+            (serving.case_of(net, members, batch),),
+            serving.LOOP,
+            "ratio",
+            1 / 1.05 if batch == 1 else 1,
+        )
+        for net in serving.NETS
+        for members in serving.MEMBERS
+        for batch in serving.BATCHES
+    ),
+    Target(
+        "first prediction of the command from a cold start, seconds",
+        serving.NAME,
+        (serving.COLD_CASE,),
+        PROJECT,
+        "median",
+        6,
+        at_most=True,
+    ),
+    Target(
+        "import fastsnap on top of Python's start, seconds",
+        serving.NAME,
+        (serving.IMPORT_CASE,),
+        PROJECT,
+        "median",
+        0.2,
         at_most=True,
     ),
     Target(

@@ -27,9 +27,19 @@ PROJECT = "fastsnap"
 INSTALL = {
     "torchensemble": "make bench-peers",
     "timm": "make bench-peers",
+    "onnxruntime": "pip install 'fastsnap[onnx]'",
     "nvidia.dali": "pip install nvidia-dali-cuda130",
 }
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "nvidia-dali-cuda130", "torchensemble", "timm")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "nvidia-dali-cuda130",
+    "torchensemble",
+    "timm",
+    "onnxruntime",
+)
 SETTINGS = (  # that change speed
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ONEDNN_MAX_CPU_ISA"),
     *("LD_PRELOAD", "MALLOC_CONF", "CUDA_VISIBLE_DEVICES"),

@@ -17,8 +17,8 @@ class SnapshotCallback(TrainerCallback):
     """Records Trainer.train; process 0 writes. The Trainer's checkpoints are what the run goes on from.
 
     recorder  of the Trainer's model, made without an optimizer. The rate is the Trainer's business: give it
-              optimizers=(SnapshotSGD(...), a scheduler that does nothing) or (AdamW(..., lr=1.0),
-              LambdaLR(optimizer, schedule.rate_after))
+              optimizers=(optimizer, optimizer.scheduler()) of SnapshotSGD, or of another one with
+              lr=1.0 (optimizer, LambdaLR(optimizer, schedule.rate_after))
 
     The loss is the model's own, with labels among its inputs, of process 0.
     Raises what the recorder raises, and ValueError for a training of more updates than the recorder's schedule has.

@@ -57,11 +57,10 @@ def train(folder: Path, steps: int, *, resume: bool = False, accumulate: int = 1
         image_shape=(32, 32, 3),
     )
     optimizer: torch.optim.Optimizer
+    scheduler: Any
     if fused:
         optimizer = SnapshotSGD(model.named_parameters(), SCHEDULE)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            torch.optim.SGD(model.parameters(), 1.0), lambda step: 1.0
-        )
+        scheduler = optimizer.scheduler()
     else:
         optimizer = torch.optim.AdamW(model.parameters(), 1.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: SCHEDULE.rate_after(step) / 50)
