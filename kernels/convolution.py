@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .convolution_cpu import Convolution, has_instructions
 from .cpu import has_library
-from .winograd_cpu import WinogradConvolution, instructions
+from .winograd_cpu import WinogradConvolution, convolve, instructions
 
 MOST_CHANNELS = 64  # in bf16, from 128 on PyTorch's kernel is at least as fast; in fp32 more were not tried
 CHANNELS_MULTIPLE = 16  # what the CPU kernels handle at a time
@@ -42,7 +42,9 @@ def fast_convolution(
     if torch.compiler.is_compiling():  # which cannot look into a kernel
         return reference_convolution(convolution, input) if otherwise is None else otherwise(input)
     if is_winograd_supported(convolution, input):
-        return WinogradConvolution.apply(input, convolution.weight)
+        if torch.is_grad_enabled():
+            return WinogradConvolution.apply(input, convolution.weight)
+        return convolve(input, convolution.weight)
     if is_supported(convolution, input):
         return Convolution.apply(input, convolution.weight, convolution.stride[0])
     return reference_convolution(convolution, input) if otherwise is None else otherwise(input)
@@ -56,12 +58,13 @@ def is_winograd_supported(convolution: nn.Conv2d, input: Tensor) -> bool:
     input        fp32, channels-last, at least 512 pixels in all images together
     """
     return (
-        input.device.type == convolution.weight.device.type == "cpu"
+        input.numel()
+        >= FEWEST_PIXELS * input.shape[1]  # first: small inputs are done in less than the rest takes
+        and input.device.type == convolution.weight.device.type == "cpu"
         and input.dtype == convolution.weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and convolution.stride == (1, 1)
         and _has_layout(convolution, input)
-        and input.numel() >= FEWEST_PIXELS * input.shape[1]
         and has_library()
         and instructions() > 0
     )
