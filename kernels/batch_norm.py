@@ -28,9 +28,8 @@ def fused_batch_norm_relu(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor 
     """The same, in the CPU kernel where it can be used: see `is_fusible`. Sums are taken in fp32 or better, and
     nothing is rounded in between. Backward once.
     """
-    # torch.compile cannot look into a kernel.
-    small = not norm.training and input.numel() < FEWEST_ELEMENTS
-    if small or torch.compiler.is_compiling() or not is_fusible(norm, input, shortcut):
+    # torch.compile cannot look into a kernel, and a graph that asks for the number of elements is for that number.
+    if torch.compiler.is_compiling() or not is_fusible(norm, input, shortcut):
         return reference_batch_norm_relu(norm, input, shortcut)
     from .batch_norm_cpu import BatchNormRelu, infer
 
@@ -40,11 +39,11 @@ def fused_batch_norm_relu(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor 
 
 
 def is_fusible(norm: nn.BatchNorm2d, input: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether the kernel takes it: in training, or in evaluation without gradients, on a CPU, in fp32 or bf16,
-    channels-last, a multiple of 16 channels; weights and running statistics in fp32.
+    """Whether the kernel takes it: in training, or in evaluation without gradients and not for little, on a CPU, in
+    fp32 or bf16, channels-last, a multiple of 16 channels; weights and running statistics in fp32.
     """
     return (
-        (norm.training or not torch.is_grad_enabled())
+        (norm.training or (input.numel() >= FEWEST_ELEMENTS and not torch.is_grad_enabled()))
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None

@@ -31,10 +31,11 @@ def test_output_statistics_and_gradients_agree_with_float64(case):
 @pytest.mark.parametrize("with_shortcut", [False, True])
 def test_evaluation_agrees_with_float64_and_leaves_the_statistics(dtype, with_shortcut):
     torch.manual_seed(0)
-    norm, input = make_norm(48).eval(), activations((2, 48, 5, 5), dtype).detach()
+    shape = (2, 48, 27, 29)  # of less, evaluation leaves PyTorch to do it
+    norm, input = make_norm(48).eval(), activations(shape, dtype).detach()
     with torch.no_grad():
         norm.running_var.uniform_(0.1, 3)
-    shortcut = activations((2, 48, 5, 5), dtype).detach() if with_shortcut else None
+    shortcut = activations(shape, dtype).detach() if with_shortcut else None
     before = copy.deepcopy(norm.state_dict())
     with torch.no_grad():
         assert is_fusible(norm, input, shortcut)
@@ -109,6 +110,16 @@ def test_what_the_kernel_does_not_take_goes_through_pytorch(norm, input):
     assert not is_fusible(norm, input, None)
     other = copy.deepcopy(norm)
     assert torch.equal(fused_batch_norm_relu(norm, input), reference_batch_norm_relu(other, input))
+
+
+@pytest.mark.needs_library
+def test_little_goes_through_pytorch_in_evaluation_only():
+    norm, input = make_norm(16), activations((2, 16, 4, 4), torch.float32).detach()
+    with torch.no_grad():
+        assert is_fusible(norm, input, None)
+        norm.eval()
+        assert not is_fusible(norm, input, None)
+        assert torch.equal(fused_batch_norm_relu(norm, input), reference_batch_norm_relu(norm, input))
 
 
 @pytest.mark.needs_library
