@@ -3,7 +3,7 @@
 #   make train                          5 snapshots on scikit-learn's digits, about a minute on two CPU cores
 #   make train DATASET=cifar100 M=5     the paper's recipe
 #   make test                           lint and tests
-#   make bench                          all benchmarks and their report, 15 to 30 minutes; DATA holds CIFAR-100
+#   make bench                          all benchmarks and their report, 25 to 40 minutes; DATA holds CIFAR-100
 #   make bench-peers                    the libraries that the benchmarks compare with
 #   make kernel-report                  the Triton kernels, compiled for three GPUs without one: registers, accesses
 #   make gpu-check                      everything that needs a GPU, into one report file

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a few minutes in all instead of 15 to 30; the figures say little",
+        help="a few minutes in all instead of 25 to 40; the figures say little",
     )
     parser.add_argument("--full", action="store_true", help="accuracy at the paper's setting: days on a CPU")
     parser.add_argument(

@@ -176,3 +176,19 @@ def test_make_names_the_compiler_that_is_missing_before_it_installs_anything(tmp
         command, capture_output=True, text=True, check=False, env=os.environ | NO_COMPILER, cwd=tmp_path
     )
     assert "/no/such/other is missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "library", "extra"),
+    [
+        ("fastsnap.training.lightning", "lightning.pytorch", "lightning"),
+        ("fastsnap.training.transformers", "transformers", "transformers"),
+    ],
+)
+def test_a_callback_without_its_library_names_the_extra(
+    module: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"pip install 'fastsnap\[{extra}\]'"):
+        importlib.import_module(module)
