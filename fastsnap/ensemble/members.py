@@ -35,6 +35,7 @@ class AllMembers(nn.ModuleList):
 
 class OneNetwork(nn.Module):
     """One network that takes the weights of each member in turn, from where they lie: in files, memory-mapped.
+    Not for several threads at once.
 
     Its state_dict has the names and the values that AllMembers' has, so each loads what the other saved.
     """

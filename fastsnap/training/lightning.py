@@ -29,12 +29,7 @@ class SnapshotCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where Lightning does."""
-        steps = self.recorder.schedule.steps
-        if trainer.estimated_stepping_batches > steps:
-            raise ValueError(
-                f"the training has {trainer.estimated_stepping_batches} updates, the recorder's schedule {steps}: make "
-                "them the same (max_steps, max_epochs)"
-            )
+        self.recorder.require_steps_for(trainer.estimated_stepping_batches)
         if trainer.is_global_zero:
             self.recorder.start(trainer.global_step)
 

@@ -116,6 +116,14 @@ class SnapshotRecorder:
             self.folder.forget_after(step)
             self.step = step
 
+    def require_steps_for(self, updates: float) -> None:
+        """Raise ValueError, before hours are spent, for a training of more updates than the schedule has."""
+        if updates > self.schedule.steps:
+            raise ValueError(
+                f"the training has {updates} updates, the recorder's schedule {self.schedule.steps}: make them equal "
+                "(Schedule's steps, the trainer's max_steps or epochs)"
+            )
+
     def _require_not_behind(self, step: int) -> None:
         """Raise RunError for a loop that would train again, unasked, what is finished, or all that there is."""
         trained = [entry.step for entry in self.folder.snapshots()]

@@ -34,12 +34,7 @@ class SnapshotCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on where the Trainer does."""
-        steps = self.recorder.schedule.steps
-        if state.max_steps > steps:
-            raise ValueError(
-                f"the training has {state.max_steps} updates, the recorder's schedule {steps}: make them the same "
-                "(max_steps, num_train_epochs)"
-            )
+        self.recorder.require_steps_for(state.max_steps)
         if state.is_world_process_zero:
             self.recorder.start(state.global_step)
             self._hook = self.recorder.network.register_forward_hook(self._keep_loss, with_kwargs=True)

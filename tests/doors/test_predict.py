@@ -251,3 +251,15 @@ def test_the_background_of_training_is_behind_transparent_pixels(trained: Path, 
     ensemble = load_ensemble(trained, device="cpu")
     found = ensemble.predict([clear, opaque]).probabilities
     assert np.array_equal(found[0], found[1])
+
+
+def test_the_data_folder_of_an_old_run_may_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data set of this one is within scikit-learn, so naming a folder is refused; without, it is asked."""
+    old = small_run(tmp_path / "old", snapshots=1).path
+    file = str(save(picture(8, 8), tmp_path / "a.png"))
+    assert main([str(old), file, "--data", str(tmp_path)]) == 2
+    assert "data (--data) has no effect" in capsys.readouterr().err
+    assert main([str(old), file]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1] in tuple("0123456789")
