@@ -1,7 +1,9 @@
-"""Train a snapshot ensemble in one training run, and measure what it is worth.
+"""Train a snapshot ensemble in one training run, measure what it is worth, and use it.
 
     python -m fastsnap.train          one training run -> M snapshots
     python -m fastsnap.ensemble_eval  the table of the ensemble
+    python -m fastsnap.predict        what the ensemble says of pictures
+    python -m fastsnap.export         the ensemble as one file for other programs
 
 As a library: the names below. Importing this package does nothing; a name brings what it needs when it is first used.
 """

@@ -13,7 +13,7 @@ from fastsnap.ensemble.combination import Combination, combine, combine_plainly
 from fastsnap.ensemble.members import Members, describe_members
 from fastsnap.ensemble.own_network import logits_of
 from fastsnap.ensemble.predictions import Predictions, joined
-from fastsnap.ensemble.preprocessing import Picture, Preprocessing
+from fastsnap.ensemble.preprocessing import Picture, Preprocessing, require_uint8
 from fastsnap.ensemble.reading import BATCH_SIZE, Batch, listed, read_batches
 from fastsnap.run_schema import SnapshotEntry
 
@@ -61,9 +61,8 @@ class Ensemble(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Ensemble":
         super()._apply(fn, recurse)
-        self._normalise_on(
-            self.device
-        )  # .half() is for the networks: 0 to 255 in fp16 would lose what training saw
+        # .half() is for the networks: pixels of 0 to 255 would lose in fp16 what training saw.
+        self._normalise_on(self.device)
         return self
 
     def train(self, mode: bool = True) -> "Ensemble":
@@ -142,6 +141,7 @@ class Ensemble(nn.Module):
     def _pixels(self, images: Images) -> Tensor:
         """uint8 [N, H, W, C] of the run's size, where the ensemble is."""
         if isinstance(images, np.ndarray):
+            require_uint8(images, "images")
             images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         if not isinstance(images, Tensor):
             if not isinstance(images, list | tuple):

@@ -274,6 +274,7 @@ def test_predict_takes_paths_images_and_arrays(run: RunFolder, tmp_path: Path) -
         (torch.rand(2, 8, 8, 1), r"uint8, 0 to 255, got float32: .*\(images \* 255\)"),
         (np.full((2, 8, 8, 1), np.nan), r"got float64: .*NaN must be mended"),
         (torch.zeros(2, 8, 8, 1, dtype=torch.int64), r"got int64"),
+        (np.full((2, 8, 8, 1), "x", dtype=object), r"got object"),
         (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), r"\[N, height, width, 1\].*got \[2, 8, 8, 3\]"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"channels come last: permute\(0, 2, 3, 1\)"),
         (torch.zeros(8, 8, 1, dtype=torch.uint8), r"a single image is images\[None\]"),
