@@ -45,6 +45,7 @@ PAUSE = 0.1  # seconds before a turn: threads of the contender before go on spin
 ROUNDS, QUICK_ROUNDS = 11, 2
 STARTS, QUICK_STARTS = 5, 1
 LOOP = "a loop over the networks, plain PyTorch"
+CHANNELS_LAST = "the same loop, channels-last"
 ONNX = "onnxruntime, the exported file"
 EXPORTED = "torch.export, the exported file"
 COLD_CASE = f"first prediction of the command from a cold start, {MEMBERS[-1]} x {NETS[0]}"
@@ -97,7 +98,8 @@ def _speed(
     case = case_of(net, members, batch)
     loops: dict[str, tuple[Any, ...]] = {
         PROJECT: (project_loop, folder, members, batch, settings.device),
-        LOOP: (by_hand_loop, folder, members, batch, settings.device),
+        LOOP: (by_hand_loop, folder, members, batch, settings.device, torch.contiguous_format),
+        CHANNELS_LAST: (by_hand_loop, folder, members, batch, settings.device, torch.channels_last),
     }
     if settings.device == "cpu":
         loops |= {EXPORTED: (exported_loop, files["pt2, fp32"], batch)}
@@ -141,10 +143,12 @@ def project_loop(pace: Pace, folder: Path, members: int, batch: int, device: str
     _paced(pace, lambda: _finished(ensemble(images)))
 
 
-def by_hand_loop(pace: Pace, folder: Path, members: int, batch: int, device: str) -> None:
+def by_hand_loop(
+    pace: Pace, folder: Path, members: int, batch: int, device: str, order: torch.memory_format
+) -> None:
     """What a user writes who has the networks."""
     where = choose_device(device)
-    networks = [network.to(where) for network in _networks(folder, members)]
+    networks = [network.to(where, memory_format=order) for network in _networks(folder, members)]
     shown = load_ensemble(folder, last=1, device="cpu").preprocessing
     mean = torch.tensor(shown.mean, device=where)[:, None, None]
     std = torch.tensor(shown.std, device=where)[:, None, None]
@@ -152,7 +156,7 @@ def by_hand_loop(pace: Pace, folder: Path, members: int, batch: int, device: str
 
     @torch.inference_mode()
     def predict() -> Tensor:
-        normalised = ((images.permute(0, 3, 1, 2) - mean) / std).contiguous()
+        normalised = ((images.permute(0, 3, 1, 2) - mean) / std).contiguous(memory_format=order)
         return torch.stack([network(normalised).softmax(1) for network in networks]).mean(0)
 
     _paced(pace, lambda: _finished(predict()))
