@@ -148,7 +148,7 @@ def by_hand_loop(
 ) -> None:
     """What a user writes who has the networks."""
     where = choose_device(device)
-    networks = [network.to(where, memory_format=order) for network in _networks(folder, members)]
+    networks = [network.to(where).to(memory_format=order) for network in _networks(folder, members)]
     shown = load_ensemble(folder, last=1, device="cpu").preprocessing
     mean = torch.tensor(shown.mean, device=where)[:, None, None]
     std = torch.tensor(shown.std, device=where)[:, None, None]
