@@ -140,6 +140,5 @@ class Dataset:
     # Pixels of a test image's shorter side before its centre crop; None: used as it is.
     resize: int | None = None
     storage: str | None = None  # of a folder of pictures: "arrays" or "files"
-    background: tuple[int, ...] | None = (
-        None  # of a folder: the colour, 0 to 255, that transparent pixels show
-    )
+    # Of a folder of pictures: the colour, 0 to 255, that transparent pixels show.
+    background: tuple[int, ...] | None = None

@@ -11,7 +11,7 @@ from fastsnap.data.archives import DataError
 from fastsnap.data.datasets import load_dataset
 from fastsnap.data.pictures import Wishes
 from fastsnap.data.sources import Dataset, Source
-from fastsnap.device import Precision, choose_precision, free_device_memory
+from fastsnap.device import PRECISIONS, Precision, choose_precision, free_device_memory
 from fastsnap.nets.build import build_network
 from fastsnap.nets.resnet import KERNEL_OPERATIONS
 from fastsnap.run_folder import RunError, RunFolder
@@ -108,7 +108,9 @@ def choose_split(dataset: Dataset, split: str, folder: RunFolder) -> Source:
 
 
 def evaluation_precision(asked: str, device: torch.device) -> Precision:
-    """What is asked for; but a CPU, which hardly computes in fp16, takes fp32 for it."""
+    """What is asked for; but a CPU, which hardly computes in fp16, takes fp32 for it. Raises ValueError for another."""
+    if asked not in PRECISIONS:  # it would be computed in fp32, and called by that name
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {asked!r}")
     if asked == "fp16" and device.type == "cpu":
         return Precision("fp32", "a CPU hardly computes in fp16")
     return choose_precision(asked, device)

@@ -58,7 +58,9 @@ def load_ensemble(
     if not 1e-3 <= temperature <= 1e3:
         raise ValueError(f"temperature must be between 0.001 and 1,000, got {temperature}")
     where = choose_device("auto") if device is None else torch.device(device)
-    computed = evaluation_precision(precision, where).name if precision != "fp32" else "fp32"
+    if where.type == "cuda":
+        choose_device("cuda")  # a clear error where there is none
+    computed = evaluation_precision(precision, where).name
     known = preprocessing or preprocessing_of(config, folder, None if data is None else Path(data))
     template = _template(config, folder, known, network)
     networks = load_members(folder, entries, template, where, resident)

@@ -43,9 +43,8 @@ class OneNetwork(nn.Module):
     def __init__(self, network: nn.Module, states: list[dict[str, Tensor]]) -> None:
         super().__init__()
         self.states = states
-        self._network = [
-            network
-        ]  # in a list: no child, whose weights a state_dict would hold as one more member's
+        # In a list, so that it is no child, whose weights a state_dict would hold as one more member's.
+        self._network = [network]
         self._last: int | None = None  # whose weights the network has
 
     @property

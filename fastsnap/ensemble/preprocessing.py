@@ -19,7 +19,6 @@ from fastsnap.run_folder import RunFolder
 from fastsnap.run_schema import is_own_loop
 
 FACTS = ("class_names", "mean", "std", "image_shape")  # of config.json; runs of version 0.1.0 lack them
-GREY = 128  # behind transparent pixels, where nothing else is known
 LARGEST = 255
 Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
@@ -53,6 +52,10 @@ class Preprocessing:
             raise ValueError(
                 f"mean and std need one value for each of the {channels} channels, and std above 0, "
                 f"got {list(self.mean)} and {list(self.std)}"
+            )
+        if self.resize is not None and self.resize < max(self.image_shape[:2]):
+            raise ValueError(
+                f"resize must be at least the {max(self.image_shape[:2])} pixels of image_shape, got {self.resize}"
             )
         if len(self.classes) < 2:
             raise ValueError(f"classes must be at least 2 names, got {list(self.classes)}")

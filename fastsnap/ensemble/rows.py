@@ -63,19 +63,22 @@ def write_csv(
 ) -> None:
     """A header, once, and a line per image: class and probability of the best, class_2, probability_2 of the next."""
     count = min(top, len(predictions.classes))
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
     if HEADED not in widths:
         widths[HEADED] = 1
         places = ["" if place == 1 else f"_{place}" for place in range(1, count + 1)]
         pairs = [f"{title}{place}" for place in places for title in ("class", "probability")]
-        writer.writerow(["image", *pairs, *UNCERTAINTIES])
+        print_line(console, _csv_line(["image", *pairs, *UNCERTAINTIES]))
     uncertain = zip(*(getattr(predictions, name).tolist() for name in UNCERTAINTIES), strict=True)
     for name, best, values in zip(names, predictions.top(count), uncertain, strict=True):
         cells = [cell for title, value in best for cell in (title, _number(value))]
-        writer.writerow([name, *cells, *map(_number, values)])
-    for line in lines.getvalue().splitlines():
-        print_line(console, line)
+        print_line(console, _csv_line([name, *cells, *map(_number, values)]))
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    """One row without its end. Line breaks within a name stay in it; printing escapes them."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
 
 
 def write_jsonl(

@@ -218,3 +218,18 @@ def test_the_centre_is_torchvisions(width, height, resize, size):
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
     expected = functional.center_crop(functional.resize(pixels, [resize], antialias=True), [size, size])
     assert np.array_equal(centred(image, resize, size), expected.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_very_long_image_gives_the_same_middle_without_its_ends(turned: bool) -> None:
+    """Up to rounding, and where 1,001 columns cannot be cut in equal halves."""
+    columns = ((np.arange(1001) - 495) * 25).clip(0, 255)  # steep: a shift by a pixel of the result would be 8
+    image = np.broadcast_to(columns.astype(np.uint8)[None, :, None], (10, 1001, 3)).copy()
+    whole = torch.from_numpy(image).permute(2, 0, 1)
+    resized = functional.resize(whole, [30], antialias=True)
+    expected = functional.center_crop(resized, [20, 20]).permute(1, 2, 0).numpy()
+    if turned:
+        image, expected = image.transpose(1, 0, 2), expected.transpose(1, 0, 2)
+    found = centred(image, 30, 20)
+    assert found.shape == (20, 20, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 1

@@ -263,3 +263,19 @@ def test_the_data_folder_of_an_old_run_may_be_named(
     assert "data (--data) has no effect" in capsys.readouterr().err
     assert main([str(old), file]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[1] in tuple("0123456789")
+
+
+def test_line_breaks_in_names_break_no_row(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python takes more characters for line breaks than CSV does."""
+    for name in ("two\nlines.png", "a\x1cb.png", "c\u2028d, e.png"):
+        save(picture(8, 8), tmp_path / "pictures" / name)
+    assert main([str(digits), str(tmp_path / "pictures"), "--csv"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert sorted(Path(row["image"]).name for row in rows) == [
+        "a\\x1cb.png",
+        "c\\u2028d, e.png",
+        "two\\nlines.png",
+    ]
+    assert all(0 < float(row["probability"]) <= 1 for row in rows)

@@ -323,12 +323,19 @@ def test_predict_refuses_what_it_cannot_use(run: RunFolder, tmp_path: Path) -> N
         ({"temperature": 0}, r"temperature must be"),
         ({"temperature": float("nan")}, r"temperature must be"),
         ({"resident": "some"}, r"resident must be one of"),
+        ({"precision": "fp8"}, r"precision must be one of auto, bf16, fp16, fp32, got 'fp8'"),
         ({"network": torch.nn.Linear(1, 1)}, r"network is for runs of SnapshotRecorder"),
     ],
 )
 def test_other_options_are_refused(run: RunFolder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(run, **options)
+
+
+def test_a_gpu_that_is_not_there_is_a_clear_error(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device cuda was asked for, but torch finds no CUDA device"):
+        load(run, device="cuda")
 
 
 def test_last_takes_the_last(run: RunFolder, images: Tensor) -> None:
@@ -390,6 +397,8 @@ def test_preprocessing_is_checked() -> None:
         fastsnap.Preprocessing(("a", "b"), (8, 8, 3), (1.0,), (1.0,))
     with pytest.raises(ValueError, match=r"std above 0"):
         fastsnap.Preprocessing(("a", "b"), (8, 8, 1), (1.0,), (0.0,))
+    with pytest.raises(ValueError, match=r"resize must be at least the 8 pixels of image_shape, got 7"):
+        fastsnap.Preprocessing(("a", "b"), (8, 8, 1), (1.0,), (1.0,), resize=7)
     with pytest.raises(ValueError, match=r"classes must be at least 2"):
         fastsnap.Preprocessing(("a",), (8, 8, 1), (1.0,), (1.0,))
 

@@ -65,6 +65,12 @@ def test_outputs_of_other_libraries_are_understood(wrap: Callable[[Tensor], Any]
     assert not (tmp_path / "run" / "ensemble.json").exists()
 
 
+def test_a_precision_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    idle_run(tmp_path / "run", make_network())
+    with pytest.raises(ValueError, match="precision must be one of"):
+        fastsnap.evaluate(tmp_path / "run", make_network(), [batch(0)], precision="fp8")
+
+
 def test_what_a_snapshot_names_is_the_plain_network(tmp_path: Path) -> None:
     """From within torch.compile, whose names have a prefix."""
     network = make_network()
