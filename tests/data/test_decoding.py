@@ -223,7 +223,8 @@ def test_the_centre_is_torchvisions(width, height, resize, size):
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_very_long_image_gives_the_same_middle_without_its_ends(turned: bool) -> None:
     """Up to rounding, and where 1,001 columns cannot be cut in equal halves."""
-    columns = ((np.arange(1001) - 495) * 25).clip(0, 255)  # steep: a shift by a pixel of the result would be 8
+    # Steep: a shift by a pixel of the result would be 8.
+    columns = ((np.arange(1001) - 495) * 25).clip(0, 255)
     image = np.broadcast_to(columns.astype(np.uint8)[None, :, None], (10, 1001, 3)).copy()
     whole = torch.from_numpy(image).permute(2, 0, 1)
     resized = functional.resize(whole, [30], antialias=True)
