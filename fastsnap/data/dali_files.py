@@ -47,7 +47,7 @@ class DaliFiles:
             raise ValueError(f"DALI runs on cpu and cuda, got device {device}: use --loader torch")
         self.name = "dali-files-gpu" if device.type == "cuda" else "dali-files-cpu"
         self.batch_size, self.steps_per_epoch = plan.batch_size, plan.steps_per_epoch
-        self._source, self._plan, self._device = source, plan, device
+        self._source, self.plan, self._device = source, plan, device
         self._labels = torch.from_numpy(source.labels)
         self._resized_crop = plan.augmentation is not None and plan.augmentation.kind == "resized-crop"
         self._finish = Finishing(plan, source.shape, source.shape[:2], mean, std, device)
@@ -62,9 +62,9 @@ class DaliFiles:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See plan.Pipeline. Raises DataError, naming it, for a file that changed."""
-        for step in self._plan.steps(first_step):
-            position = (epoch if self._plan.training else 0, step)
-            images, batch = self._fetch(position), self._plan.batch(*position)
+        for step in self.plan.steps(first_step):
+            position = (epoch if self.plan.training else 0, step)
+            images, batch = self._fetch(position), self.plan.batch(*position)
             pixels = (
                 self._on_gpu(images, batch) if self._device.type == "cuda" else self._on_cpu(images, batch)
             )
@@ -96,7 +96,7 @@ class DaliFiles:
     def _build(self) -> Any:
         on_gpu = self._device.type == "cuda"
         pipe = dali.Pipeline(
-            self._plan.largest_batch,
+            self.plan.largest_batch,
             num_threads=self._threads,
             device_id=torch.zeros(0, device=self._device).get_device() if on_gpu else None,
             prefetch_queue_depth=PREFETCH,
@@ -130,9 +130,9 @@ class DaliFiles:
         """What DALI prepares next, called within `run`; the cursor goes on from epoch to epoch."""
         epoch, step = position = self._cursor
         self._in_flight.append(position)
-        following = epoch + 1 if self._plan.training else 0
+        following = epoch + 1 if self.plan.training else 0
         self._cursor = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (following, 0)
-        batch = self._plan.batch(epoch, step)
+        batch = self.plan.batch(epoch, step)
         try:
             files = self._ahead.take(position)
         except BaseException as error:
@@ -170,7 +170,7 @@ class DaliFiles:
     def _name_the_damaged(self) -> None:
         """Raise DamagedImage for the first file of the batches in flight that cannot be decoded."""
         for position in self._in_flight:
-            for index in self._plan.batch(*position).indices:
+            for index in self.plan.batch(*position).indices:
                 decoded(self._source, int(index), read_unchanged(self._source, int(index)))
 
 

@@ -47,7 +47,7 @@ class DaliPipeline:
             raise ValueError(f"DALI runs on cpu and cuda, got device {device}: use the PyTorch pipeline")
         self.name = "dali-gpu" if device.type == "cuda" else "dali-cpu"
         self.batch_size, self.steps_per_epoch = plan.batch_size, plan.steps_per_epoch
-        self._plan, self._images, self._device = plan, images.images, device
+        self.plan, self._images, self._device = plan, images.images, device
         self._labels = torch.from_numpy(images.labels).to(device)
         self._raw = plan.augmentation is not None and bool(
             plan.augmentation.kind == "resized-crop" or plan.augmentation.jitter or plan.augmentation.lighting
@@ -60,10 +60,10 @@ class DaliPipeline:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See plan.Pipeline."""
-        for step in self._plan.steps(first_step):
+        for step in self.plan.steps(first_step):
             # Unaugmented epochs are all the same, so going from one to any other is not a jump.
-            images = self._fetch((epoch if self._plan.training else 0, step))
-            batch = self._plan.batch(epoch, step)
+            images = self._fetch((epoch if self.plan.training else 0, step))
+            batch = self.plan.batch(epoch, step)
             if self._raw:
                 images = self._finish(images, np.arange(len(batch.indices)), batch).permute(0, 3, 1, 2)
             else:
@@ -74,13 +74,13 @@ class DaliPipeline:
     def _build(self, mean: list[float], std: list[float]) -> Any:
         on_gpu = self._device.type == "cuda"
         pipe = dali.Pipeline(
-            self._plan.largest_batch,
+            self.plan.largest_batch,
             num_threads=THREADS,
             device_id=self._labels.get_device() if on_gpu else None,
             prefetch_queue_depth=PREFETCH,
             exec_dynamic=True,  # outputs own their memory
         )
-        training = self._plan.training and not self._raw
+        training = self.plan.training and not self._raw
         layout = ["HWC", "", ""] if training else ["HWC"]
         with pipe:
             images, *draws = fn.external_source(
@@ -103,13 +103,13 @@ class DaliPipeline:
         """What DALI prepares next, called within `run`; the cursor goes on from epoch to epoch."""
         epoch, step = self._cursor
         self._in_flight.append(self._cursor)
-        following = epoch + 1 if self._plan.training else 0
+        following = epoch + 1 if self.plan.training else 0
         self._cursor = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (following, 0)
-        batch = self._plan.batch(epoch, step)
+        batch = self.plan.batch(epoch, step)
         images = self._images[batch.indices]
-        if self._raw or not self._plan.training:
+        if self._raw or not self.plan.training:
             return (images,)
-        return images, (batch.offsets - self._plan.padding).astype(np.int32), batch.flips.astype(np.int32)
+        return images, (batch.offsets - self.plan.padding).astype(np.int32), batch.flips.astype(np.int32)
 
     def _fetch(self, position: tuple[int, int]) -> Tensor:
         """The images of the batch at `position`, [B, H, W, C], without a copy."""

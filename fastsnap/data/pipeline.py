@@ -49,6 +49,8 @@ def make_pipeline(
     augmentation: Augmentation | None = None,
     loader: str = "auto",
     threads: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Pipeline:
     """The pipeline over `images` that `loader` asks for.
 
@@ -56,16 +58,22 @@ def make_pipeline(
     augmentation  of training; None gives the images in their order, only normalised (evaluation)
     loader        see choose_loader
     threads       that decode files; default: PyTorch's number
+    rank, ranks   of `ranks` that share each batch, the one that this pipeline is for: see plan.Plan
 
     Raises ValueError for arguments that do not fit the images, and for "dali" without DALI.
     """
     if isinstance(images, FileSet):
-        return _files_pipeline(images, batch_size, mean, std, device, seed, augmentation, loader, threads)
+        if batch_size < 1:
+            raise ValueError(f"batch size must be at least 1, got {batch_size}")
+        plan = Plan(
+            len(images.labels), batch_size, seed, augmentation, images.sizes, rank=rank, ranks=ranks
+        )
+        return _files_pipeline(images, plan, mean, std, device, loader, threads)
     _check(images, batch_size, mean, std, augmentation.padding if augmentation else 0)
     if augmentation is None:
         images = _centres(images)
     sizes = np.broadcast_to(np.array(images.images.shape[1:3], np.int32), (len(images.labels), 2))
-    plan = Plan(len(images.labels), batch_size, seed, augmentation, sizes)
+    plan = Plan(len(images.labels), batch_size, seed, augmentation, sizes, rank=rank, ranks=ranks)
     if choose_loader(loader, device) == "torch":
         return TorchPipeline(images, plan, mean, std, device)
     from fastsnap.data.dali_pipeline import DaliPipeline  # here, since DALI need not be installed
@@ -75,18 +83,13 @@ def make_pipeline(
 
 def _files_pipeline(
     files: FileSet,
-    batch_size: int,
+    plan: Plan,
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
-    seed: int,
-    augmentation: Augmentation | None,
     loader: str,
     threads: int | None,
 ) -> Pipeline:
-    if batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, got {batch_size}")
-    plan = Plan(len(files.labels), batch_size, seed, augmentation, files.sizes)
     threads = threads or torch.get_num_threads()
     if choose_loader(loader, device, files=True) == "torch":
         return TorchFiles(files, plan, mean, std, device, threads)

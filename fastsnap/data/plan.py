@@ -27,9 +27,10 @@ class Pipeline(Protocol):
     name: str  # "dali-cpu", "dali-gpu" or "torch"
     batch_size: int
     steps_per_epoch: int  # batches in an epoch; all but the last hold `batch_size` images
+    plan: "Plan"
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of `epoch` (from 0), starting at batch `first_step`.
+        """The plan's rank's part of the batches of `epoch` (from 0), starting at batch `first_step`.
 
         Yields images float32 [B, C, H, W] in channels-last memory and labels int64 [B], both on the device.
         They belong to the caller: no later batch overwrites them. Epochs may be left early and visited in
@@ -59,6 +60,20 @@ class Batch(NamedTuple):
         )
 
 
+class Share(NamedTuple):
+    """A rank's part of a batch: `own` of its `whole` images; none where the batch has fewer images than ranks."""
+
+    own: int
+    whole: int
+
+
+def part_of(count: int, rank: int, ranks: int) -> range:
+    """Which of `count` things in a row are those of `rank` where `ranks` share them: the first ones get one more."""
+    least, more = divmod(count, ranks)
+    start = rank * least + min(rank, more)
+    return range(start, start + least + (rank < more))
+
+
 def training_steps(count: int, batch_size: int) -> int:
     """Batches in which an epoch trains on `count` images.
 
@@ -78,9 +93,10 @@ class Plan:
     """Which images each batch holds and how they are augmented: a function of (seed, epoch, step).
 
     sizes  int32 [N, 2], height and width of each image, for resized crops
+    rank   from 0, of the `ranks` that share each batch of training; their parts together are the batch of a single one
 
     `augmentation` None is evaluation: the images in their order, unflipped and uncropped, the same in every epoch, and
-    the last batch holds what remains, however few. `largest_batch` is the number of images of the largest.
+    the last batch holds what remains, however few. `largest_batch` is the number of images of the largest part.
     """
 
     def __init__(
@@ -90,12 +106,17 @@ class Plan:
         seed: int = 0,
         augmentation: Augmentation | None = None,
         sizes: NDArray[np.int32] | None = None,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.count, self.batch_size, self.augmentation = count, batch_size, augmentation
         self.training = training = augmentation is not None
         self.padding = augmentation.padding if augmentation else 0
         self.steps_per_epoch = training_steps(count, batch_size) if training else -(-count // batch_size)
-        self.largest_batch = largest_batch(count, batch_size) if training else min(count, batch_size)
+        largest = largest_batch(count, batch_size) if training else min(count, batch_size)
+        self.largest_batch = -(-largest // ranks)
+        self._rank, self._ranks = rank, ranks
         self._seed, self._sizes = seed, sizes
         # Two epochs are in use at once while the next one is prefetched.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
@@ -107,10 +128,25 @@ class Plan:
         return range(first_step, self.steps_per_epoch)
 
     def batch(self, epoch: int, step: int) -> Batch:
-        """The draws of batch `step` of `epoch`."""
-        last = step == self.steps_per_epoch - 1
-        part = slice(step * self.batch_size, None if last else (step + 1) * self.batch_size)
+        """The draws of this rank's part of batch `step` of `epoch`.
+
+        Of a part without images, those of the batch's first one, which does not count: no pipeline, and no compiled
+        network, has to know of empty batches.
+        """
+        whole = self._images(step)
+        own = part_of(len(whole), self._rank, self._ranks) or range(1)
+        part = slice(whole.start + own.start, whole.start + own.stop)
         return self._epoch(epoch if self.training else 0).part(part)
+
+    def share(self, step: int) -> Share:
+        """How many of the images of batch `step` are this rank's."""
+        whole = len(self._images(step))
+        return Share(len(part_of(whole, self._rank, self._ranks)), whole)
+
+    def _images(self, step: int) -> range:
+        """Those of batch `step`, all ranks together, as they come in the epoch."""
+        last = step == self.steps_per_epoch - 1
+        return range(step * self.batch_size, self.count if last else (step + 1) * self.batch_size)
 
     def _draw_epoch(self, epoch: int) -> Batch:
         if self.augmentation is None:

@@ -33,7 +33,7 @@ class TorchFiles:
         threads: int,
     ) -> None:
         self.batch_size, self.steps_per_epoch = plan.batch_size, plan.steps_per_epoch
-        self._source, self._plan, self._device = source, plan, device
+        self._source, self.plan, self._device = source, plan, device
         self._labels = torch.from_numpy(source.labels)
         self._finish = Finishing(plan, source.shape, source.shape[:2], mean, std, device)
 
@@ -44,9 +44,9 @@ class TorchFiles:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See plan.Pipeline. Raises DataError, naming it, for a file that changed."""
-        for step in self._plan.steps(first_step):
-            position = (epoch if self._plan.training else 0, step)
-            batch = self._plan.batch(*position)
+        for step in self.plan.steps(first_step):
+            position = (epoch if self.plan.training else 0, step)
+            batch = self.plan.batch(*position)
             images = torch.stack(self._ahead.take(position)).to(self._device, non_blocking=True)
             if images.dtype == torch.uint8:
                 images = self._finish(images, np.arange(len(images)), batch)

@@ -24,7 +24,7 @@ class TorchPipeline:
         device: torch.device,
     ) -> None:
         self.batch_size, self.steps_per_epoch = plan.batch_size, plan.steps_per_epoch
-        self._plan, self._device = plan, device
+        self.plan, self._device = plan, device
         self._images = torch.from_numpy(images.images).to(device)
         self._labels = torch.from_numpy(images.labels).to(device)
         height, width, channels = images.images.shape[1:]
@@ -32,8 +32,8 @@ class TorchPipeline:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See plan.Pipeline."""
-        for step in self._plan.steps(first_step):
-            batch = self._plan.batch(epoch, step)
+        for step in self.plan.steps(first_step):
+            batch = self.plan.batch(epoch, step)
             images = self._finish(self._images, batch.indices, batch)
             indices = torch.from_numpy(batch.indices).to(self._device, non_blocking=True)
             yield images.permute(0, 3, 1, 2), self._labels.index_select(0, indices)

@@ -82,7 +82,7 @@ class CornerFiles:
     ) -> None:
         plan = Plan(len(source.labels), batch_size)
         self.batch_size, self.steps_per_epoch = batch_size, plan.steps_per_epoch
-        self._plan, self._source, self._device = plan, source, device
+        self.plan, self._source, self._device = plan, source, device
         self._finish = Finishing(plan, source.shape, source.shape[:2], mean, std, device)
         self._ahead = ReadAhead(
             plan, threads, lambda _, batch, place: _five(source, int(batch.indices[place]))
@@ -90,8 +90,8 @@ class CornerFiles:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See plan.Pipeline and above."""
-        for step in self._plan.steps(first_step):
-            batch = self._plan.batch(0, step)
+        for step in self.plan.steps(first_step):
+            batch = self.plan.batch(0, step)
             pixels = torch.from_numpy(np.concatenate(self._ahead.take((0, step)))).to(self._device)
             images = self._finish(pixels, np.arange(len(pixels)), batch).permute(0, 3, 1, 2)
             labels = torch.from_numpy(self._source.labels[batch.indices]).to(self._device)

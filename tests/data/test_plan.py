@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsnap.data.plan import LEAST_BATCH, Plan, training_steps
+from fastsnap.data.plan import LEAST_BATCH, Plan, part_of, training_steps
 from fastsnap.data.sources import Augmentation
 
 
@@ -65,3 +65,28 @@ def test_a_batch_is_the_same_wherever_an_epoch_is_entered(count, batch_size, epo
     whole = [plan.batch(epoch, i) for i in plan.steps(0)]
     for got, expected in zip(fresh.batch(epoch, step), whole[step], strict=True):
         assert np.array_equal(got, expected)
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_parts_are_all_there_is_in_its_order_and_as_equal_as_can_be(count, ranks):
+    parts = [part_of(count, rank, ranks) for rank in range(ranks)]
+    assert [item for part in parts for item in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(st.integers(1, 120), st.integers(1, 64), st.integers(1, 7), st.integers(0, 3))
+def test_the_batches_of_the_ranks_together_are_those_of_one(count, batch_size, ranks, epoch):
+    augmentation = Augmentation("resized-crop", flip=True, jitter=0.4)
+    sizes = np.full((count, 2), 32, np.int32)
+    single = Plan(count, batch_size, 1, augmentation, sizes)
+    plans = [Plan(count, batch_size, 1, augmentation, sizes, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for step in single.steps(0):
+        whole = single.batch(epoch, step)
+        shares = [plan.share(step) for plan in plans]
+        assert {share.whole for share in shares} == {len(whole.indices)} == {sum(share.own for share in shares)}
+        batches = [plan.batch(epoch, step) for plan in plans]
+        for batch, share, plan in zip(batches, shares, plans, strict=True):
+            assert len(batch.indices) == max(1, share.own) <= plan.largest_batch
+        own = [batch.part(slice(share.own)) for batch, share in zip(batches, shares, strict=True)]
+        for whole_draws, draws in zip(whole, zip(*own, strict=True), strict=True):
+            np.testing.assert_array_equal(np.concatenate(draws), whole_draws)
