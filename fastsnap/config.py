@@ -21,6 +21,7 @@ from fastsnap.nets import build, resnet
 from fastsnap.printing import ArgumentParser
 from fastsnap.recipes import RECIPES, STANDARD_RATE
 from fastsnap.run_folder import RUNS
+from fastsnap.training.ranks import TIMEOUT
 from fastsnap.training.step import COMPILE
 from fastsnap.training.updates import UPDATES
 
@@ -52,7 +53,7 @@ class TrainConfig:
         "timm:<name>; resnet50 alone is the CIFAR net of that depth",
         default=RECIPE,
     )
-    batch_size: int = _option("images per update", default=RECIPE)
+    batch_size: int = _option("images per update, of all ranks together", default=RECIPE)
     learning_rate: float = _option(
         "initial learning rate of every cycle (of the run, with --schedule step)", flag="lr", default=RECIPE
     )
@@ -127,6 +128,14 @@ class TrainConfig:
         THREADS_HELP,
         default=None,
     )
+    timeout: float = _option(
+        "seconds that a rank of several (torchrun) waits for the others within a step, before all of them end",
+        default=TIMEOUT,
+    )
+    sync_batch_norm: bool = _option(
+        "of several ranks on GPUs: BatchNorm sees the whole batch instead of each rank's part of it",
+        default=False,
+    )
     compile: str = _option("torch.compile; auto: on CUDA only", choices=COMPILE, default="auto")
     update: str = _option(
         "fused: the project's kernel; apex: NVIDIA's FusedSGD (make apex), for comparison",
@@ -156,6 +165,7 @@ class TrainConfig:
             lambda value: value >= 0 and _fp32(value) < math.inf,
         )
         _require(self, "validation", f"from 0 to {LARGEST}", lambda value: 0 <= value <= LARGEST)
+        _require(self, "timeout", "finite and above 0", lambda value: 0 < value < math.inf)
         _require(self, "image_size", "from 8 to 4096", lambda value: 8 <= value <= 4096)
         if self.memory is not None:
             _as_argument("memory", parse_bytes, self.memory)
@@ -242,7 +252,7 @@ def _require(config: TrainConfig, name: str, condition: str, holds: Any) -> None
 # Where the files lie does not change the result, and threads only its last bits, which a resumed run says. The initial
 # weights are compared by their hash. All
 # else is another run.
-FREE_FIELDS = ("data", "out", "threads", "memory", "cache", "initial")
+FREE_FIELDS = ("data", "out", "threads", "memory", "cache", "initial", "timeout")
 # What came after version 0.1.0, and what it means for a run that knows nothing of it.
 ADDED_FIELDS: dict[str, Any] = {
     "augment": "crop",
@@ -250,6 +260,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "dropout": 0.0,
     "image_size": None,
     "skip_damaged": False,
+    "sync_batch_norm": False,
 }
 
 

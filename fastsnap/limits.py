@@ -33,26 +33,41 @@ class Threads:
     reason: str
 
 
-def choose_threads(asked: int | None, root: Path = Path("/")) -> Threads:
+def choose_threads(asked: int | None, root: Path = Path("/"), *, sharing: int = 1) -> Threads:
     """The threads that PyTorch and the kernels compute with: `asked`, or what this process may use.
 
-    root  where /proc and /sys lie
+    root     where /proc and /sys lie
+    sharing  processes of this run on this host, each of which takes its part of the cores
     Raises ValueError for a number that cannot be meant.
     """
     if asked is not None:
         if not 1 <= asked <= MOST_THREADS:
             raise ValueError(f"threads must be from 1 to {MOST_THREADS}, got {asked}")
         return Threads(asked, "as asked for")
-    if os.environ.get("OMP_NUM_THREADS"):
+    given = os.environ.get("OMP_NUM_THREADS")
+    # torchrun sets 1 where nothing is set, whatever the number of cores.
+    if given and not (sharing > 1 and given == "1"):
         return Threads(torch.get_num_threads(), "OMP_NUM_THREADS")
-    found = {torch.get_num_threads(): "cores of this machine"}
+    cores = torch.get_num_threads() if sharing == 1 else physical_cores(root)
+    found = {cores: "cores of this machine"}
     if hasattr(os, "sched_getaffinity"):
         found.setdefault(len(os.sched_getaffinity(0)), "cores that this process may run on")
     quota = cpu_quota(root)
     if quota is not None:
         found.setdefault(max(1, math.floor(quota)), f"the container's quota of {quota:g} cores")
     count = min(found)
+    if sharing > 1:
+        return Threads(max(1, count // sharing), f"of {count} {found[count]}, which {sharing} ranks share")
     return Threads(count, found[count])
+
+
+def physical_cores(root: Path = Path("/")) -> int:
+    """Cores of this machine, each counted once however many threads it runs, as PyTorch counts them."""
+    folder = root / "sys/devices/system/cpu"
+    siblings = {
+        path.read_text().strip() for path in folder.glob("cpu[0-9]*/topology/thread_siblings_list")
+    }
+    return len(siblings) or os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

@@ -77,6 +77,9 @@ class Config:
     memory: Text | None = None
     cache: Text | None = None
     skip_damaged: bool = False
+    timeout: Rate | None = None
+    sync_batch_norm: bool = False
+    ranks: Count = 1
     storage: Literal["arrays", "files"] | None = None  # of a folder of pictures
     stem_stride: Count | None = None
     dropout: Number | None = None
@@ -160,6 +163,7 @@ class CheckpointState:
     seconds: Number
     epoch_seconds: Number
     scaler: dict[str, float]
+    ranks: Count = 1
     optimizer: dict[str, Any] | None = None  # of a loop of the user's own: see training.state_tree
 
 

@@ -69,6 +69,10 @@ class ImageSet:
     def nbytes(self) -> int:
         return self.images.nbytes
 
+    def part(self, chosen: slice) -> ImageSet:
+        """Those in a row, in the same memory."""
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
     def subset(self, chosen: NDArray[np.bool_]) -> ImageSet:
         """Those where the mask bool [N] is true."""
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
@@ -108,6 +112,12 @@ class FileSet:
     def nbytes(self) -> int:
         """Of the images in memory: there are none."""
         return 0
+
+    def part(self, chosen: slice) -> FileSet:
+        """Those in a row."""
+        mask = np.zeros(len(self.labels), bool)
+        mask[chosen] = True
+        return self.subset(mask)
 
     def subset(self, chosen: NDArray[np.bool_]) -> FileSet:
         """Those where the mask bool [N] is true."""

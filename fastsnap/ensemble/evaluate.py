@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastsnap.data.datasets import Dataset
 from fastsnap.data.fingerprint import require_same_images
 from fastsnap.data.pipeline import make_pipeline
-from fastsnap.data.plan import Pipeline
-from fastsnap.data.sources import FileSet
+from fastsnap.data.plan import Pipeline, part_of
+from fastsnap.data.sources import FileSet, Source
 from fastsnap.device import AUTOCAST_DTYPES, choose_device
 from fastsnap.ensemble.inputs import (
     choose_snapshots,
@@ -28,6 +28,7 @@ from fastsnap.ensemble.views import ONE, TEN_CROP, CornerFiles, average_views, r
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_schema import SnapshotEntry, check_plan
 from fastsnap.snapshot import load_plain
+from fastsnap.training.ranks import Ranks
 
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
 OnMember = Callable[[SnapshotEntry], None]
@@ -111,6 +112,7 @@ def evaluate_run(
     views: str = ONE,
     on_member: OnMember | None = None,
     check_memory: bool = True,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Evaluate the snapshots of the run in `folder`.
 
@@ -125,41 +127,26 @@ def evaluate_run(
     on_member   called before each member's forward passes
     check_memory  False for a process that has just trained: what it keeps for itself counts as taken, and it asked
                 before it began
+    ranks       that share the images, where this is the first of them; the others call `assist_evaluation`
 
     Raises RunError (a ValueError) for a run without snapshots or that split, and for snapshots that do not
     exist, are damaged, do not fit the net or give NaN; DataError (a ValueError) for missing data and for images or
     labels that are not those that the run had.
     """
+    ranks = ranks or Ranks()
     config = folder.config()
     require_known_network(config, folder)
     entries = choose_snapshots(folder, snapshots)
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
-    dataset = dataset or load_data(config, data, folder)
-    require_views(views, dataset.augmentation)
-    image_set = choose_split(dataset, split, folder)
-    require_same_images({split: image_set}, config, str(folder.path))
     device = device or choose_device("auto")
     computed = evaluation_precision(precision, device)
-    if check_memory:
-        require_evaluation_memory(
-            config, dataset, folder, device, batch_size, len(image_set.labels), len(entries)
-        )
-    network = network_of(config, folder, dataset.test.shape, len(dataset.classes))
-    network = network.to(memory_format=torch.channels_last).to(device)
-    pipeline = _pipeline(config, data, folder, dataset, split, views, batch_size=batch_size, device=device)
+    task = _Task(config, len(entries), split, batch_size, computed.name, views)
+    ranks.from_first(lambda: asdict(task))
+    part = _Part(task, folder, dataset, data, device, ranks, check_memory=check_memory)
+    dataset = part.dataset
     start = time.perf_counter()
-    labels_N = torch.from_numpy(image_set.labels).to(device)
-    logits_MNC = torch.empty(
-        len(entries), len(labels_N), len(dataset.classes), dtype=torch.float32, device=device
-    )
-    fill_member_logits(
-        *(logits_MNC, network, folder, entries, pipeline),
-        precision=computed.name,
-        views=views,
-        padding=dataset.augmentation.padding,
-        on_member=on_member,
-    )
-    metrics = measure_members(logits_MNC, labels_N)
+    labels_N = torch.from_numpy(choose_split(dataset, split, folder).labels).to(device)
+    metrics = measure_members(part.logits(entries, on_member), labels_N)
     return Report(
         run=folder.path.resolve().name,
         net=config["net"],
@@ -180,32 +167,111 @@ def evaluate_run(
     )
 
 
-def _pipeline(
-    config: dict[str, Any],
-    data: str | None,
+def assist_evaluation(
+    ranks: Ranks,
     folder: RunFolder,
-    dataset: Dataset,
-    split: str,
-    views: str,
     *,
-    batch_size: int,
-    device: torch.device,
-) -> Pipeline:
-    """Over the images of the split; of resized crops, with their corners where those are asked for."""
-    if views == TEN_CROP and dataset.augmentation.kind == "resized-crop":
-        files = choose_split(load_data(config, data, folder, storage="files"), split, folder)
-        if not isinstance(files, FileSet):
-            raise RunError(
-                "--ten-crop of resized crops needs the files of the images, which this data set has not"
+    dataset: Dataset | None = None,
+    data: str | None = None,
+    device: torch.device | None = None,
+    check_memory: bool = True,
+) -> None:
+    """What all ranks but the first do while that one is in `evaluate_run`: their part of the images.
+
+    folder  for the words of errors: it is not read
+    All else as in evaluate_run. Raises RanksLost, and what evaluate_run raises for data and memory.
+    """
+    task = _Task(**ranks.from_first(dict))
+    device = device or choose_device("auto")
+    part = _Part(task, folder, dataset, data, device, ranks, check_memory=check_memory)
+    part.logits([], None)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the first rank knows of the folder and tells the others; precision has no "auto"."""
+
+    config: dict[str, Any]
+    members: int
+    split: str
+    batch_size: int
+    precision: str
+    views: str
+
+
+class _Part:
+    """A rank's part of an evaluation: batches in a row, the same as of a process that has them all."""
+
+    def __init__(
+        self,
+        task: _Task,
+        folder: RunFolder,
+        dataset: Dataset | None,
+        data: str | None,
+        device: torch.device,
+        ranks: Ranks,
+        *,
+        check_memory: bool,
+    ) -> None:
+        config, split = task.config, task.split
+        dataset = dataset or load_data(config, data, folder)
+        require_views(task.views, dataset.augmentation)
+        images = choose_split(dataset, split, folder)
+        require_same_images({split: images}, config, str(folder.path))
+        count = len(images.labels)
+        if check_memory:
+            require_evaluation_memory(config, dataset, folder, device, task.batch_size, count, task.members)
+        self.task, self.folder, self.dataset, self.ranks, self.count = task, folder, dataset, ranks, count
+        batches = -(-count // task.batch_size)
+        parts = [part_of(batches, rank, ranks.count) for rank in range(ranks.count)]
+        ends = [min(count, part.stop * task.batch_size) for part in parts]
+        starts = [0, *ends[:-1]]
+        self.counts = [end - start for start, end in zip(starts, ends, strict=True)]
+        own = slice(starts[ranks.rank], ends[ranks.rank])
+        network = network_of(config, folder, dataset.test.shape, len(dataset.classes))
+        self.network = network.to(memory_format=torch.channels_last).to(device)
+        self.pipeline = self._pipeline(images, own, data, device) if own.stop > own.start else None
+        self.device = device
+
+    def _pipeline(self, images: Source, own: slice, data: str | None, device: torch.device) -> Pipeline:
+        """Over the rank's images of the split; of resized crops, with their corners where those are asked for."""
+        task, dataset = self.task, self.dataset
+        if task.views == TEN_CROP and dataset.augmentation.kind == "resized-crop":
+            of_files = load_data(task.config, data, self.folder, storage="files")
+            files = choose_split(of_files, task.split, self.folder)
+            if not isinstance(files, FileSet):
+                raise RunError(
+                    "--ten-crop of resized crops needs the files of the images, which this data set has not"
+                )
+            threads = torch.get_num_threads()
+            return CornerFiles(
+                files.part(own), task.batch_size, dataset.mean, dataset.std, device, threads
             )
-        return CornerFiles(files, batch_size, dataset.mean, dataset.std, device, torch.get_num_threads())
-    return make_pipeline(
-        choose_split(dataset, split, folder),
-        batch_size=batch_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=device,
-    )
+        return make_pipeline(
+            images.part(own),
+            batch_size=task.batch_size,
+            mean=dataset.mean,
+            std=dataset.std,
+            device=device,
+        )
+
+    def logits(self, entries: Sequence[SnapshotEntry], on_member: OnMember | None) -> Tensor:
+        """Of all members for all images on the first rank, float32 [M, N, C]; on others, of its own images."""
+        task, ranks = self.task, self.ranks
+        shape = task.members, self.counts[ranks.rank], len(self.dataset.classes)
+        own_MNC = torch.empty(shape, dtype=torch.float32, device=self.device)
+        fill_member_logits(
+            *(own_MNC, self.network, self.folder, entries, self.pipeline),
+            precision=task.precision,
+            views=task.views,
+            padding=self.dataset.augmentation.padding,
+            on_member=on_member,
+            ranks=ranks,
+        )
+        if ranks.count == 1:
+            return own_MNC
+        ranks.meet("all images are forwarded")
+        return torch.stack([ranks.collect(rows_NC, self.counts) for rows_NC in own_MNC])
 
 
 @torch.inference_mode()
@@ -214,36 +280,42 @@ def fill_member_logits(
     network: nn.Module,
     folder: RunFolder,
     entries: Sequence[SnapshotEntry],
-    pipeline: Pipeline,
+    pipeline: Pipeline | None,
     *,
     precision: str = "fp32",
     views: str = ONE,
     padding: int = 0,
     on_member: OnMember | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Fill `logits_MNC`, float32 on the network's device, with each snapshot's outputs for the images.
 
     The members run one after the other through `network`, whose weights they replace; each is forwarded once.
+    entries   of the members; of ranks, the first one reads them, and the others get the weights from it
+    pipeline  over the images; None: there are none
     Raises RunError for a snapshot that is damaged, does not fit the network, or gives NaN or infinite logits.
     """
+    ranks = ranks or Ranks()
     for entry in entries:
         folder.load_snapshot(entry)  # a damaged last one should not be found only after minutes of computing
     network.eval()
     dtype = AUTOCAST_DTYPES.get(precision)
-    for entry, logits_NC in zip(entries, logits_MNC, strict=True):
-        if on_member:
-            on_member(entry)
-        load_member(network, folder, entry)
+    for index, logits_NC in enumerate(logits_MNC):
+        if ranks.is_first:
+            if on_member:
+                on_member(entries[index])
+            load_member(network, folder, entries[index])
+        ranks.meet(f"member {index + 1}")
+        ranks.send(list(network.state_dict().values()))
         done = 0
         # Entered anew for each member: under no_grad, autocast would keep the first one's cast weights.
         with torch.autocast(logits_NC.device.type, dtype, enabled=dtype is not None):
-            for images, _ in pipeline.epoch(0):
+            for images, _ in pipeline.epoch(0) if pipeline else ():
                 logits_NC[done : done + len(images)] = _logits(network, images, views, padding)
                 done += len(images)
         if not torch.isfinite(logits_NC).all():
-            raise RunError(
-                f"snapshot {entry.number} ({entry.file}) gives NaN or infinite logits: leave it out"
-            )
+            which = f"{entries[index].number} ({entries[index].file})" if entries else f"number {index + 1}"
+            raise RunError(f"snapshot {which} gives NaN or infinite logits: leave it out")
 
 
 def _logits(network: nn.Module, images: Tensor, views: str, padding: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastsnap.device import AUTOCAST_DTYPES
+from fastsnap.training.exchange import Exchange
 
 COMPILE = ("auto", "on", "off")
 EAGER_STEPS = 3  # before a CUDA graph is captured: cuDNN, the compiler and the allocator settle in them
@@ -25,6 +26,9 @@ class TrainStep:
     precision    "bf16", "fp16" or "fp32"
     compiled     whether the forward and backward passes go through torch.compile
     graphed      whether to capture the step in a CUDA graph; batches of another size than the first still run eagerly
+    exchange     of a rank among several: each trains on its part of a batch. Not graphed
+
+    totals       float64 [2] on the device, of this rank: sum of losses, number of errors
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class TrainStep:
         precision: str,
         compiled: bool,
         graphed: bool,
+        exchange: Exchange | None = None,
     ) -> None:
         self.forward: Callable[[Tensor], Tensor] = (
             # Not dynamic: after a last, partial batch full ones would go through another graph, with other roundings.
@@ -45,14 +50,19 @@ class TrainStep:
         self.device = device
         self.autocast_dtype = AUTOCAST_DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of errors
-        self.graphed = graphed
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self.graphed, self.exchange = graphed, exchange
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps = 0
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Train on images [B, C, H, W], float32, channels-last, and labels [B], int64."""
-        if not self.graphed:
+    def __call__(self, images: Tensor, labels: Tensor, whole: int | None = None) -> None:
+        """Train on images [B, C, H, W], float32, channels-last, and labels [B], int64.
+
+        whole  images of the batch, of which these are the rank's part, which may be empty; default: these are all
+        """
+        if self.exchange is not None:
+            self._step_of_a_rank(images, labels, whole or len(labels), self.exchange)
+        elif not self.graphed:
             self._step(images, labels)
         elif self._graph is not None and images.shape == self._images.shape:
             self._replay(images, labels)
@@ -63,6 +73,25 @@ class TrainStep:
             self._step_on_side_stream(images, labels)
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
+        logits = self._logits(images)
+        loss = functional.cross_entropy(logits, labels)
+        self.scaler.scale(loss).backward()
+        self._update()
+        self._count(loss, logits, labels, len(labels))
+
+    def _step_of_a_rank(self, images: Tensor, labels: Tensor, whole: int, exchange: Exchange) -> None:
+        """The gradients of all ranks together are those of the mean loss over the `whole` batch."""
+        if len(labels):
+            logits = self._logits(images)
+            loss = functional.cross_entropy(logits, labels, reduction="sum") / whole
+            self.scaler.scale(loss).backward()
+            self._count(loss, logits, labels, whole)
+        else:
+            self.scaler.scale(torch.zeros((), device=self.device))  # which makes the scale, the first time
+        exchange(len(labels) / whole)
+        self._update()
+
+    def _logits(self, images: Tensor) -> Tensor:
         with torch.autocast(
             self.device.type,
             self.autocast_dtype,
@@ -70,13 +99,16 @@ class TrainStep:
             cache_enabled=False,
         ):
             logits = self.forward(images)
-        logits = logits.float()
-        loss = functional.cross_entropy(logits, labels)
-        self.scaler.scale(loss).backward()
+        return logits.float()
+
+    def _update(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.totals[0] += loss.detach() * len(labels)
+
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, images: int) -> None:
+        """`loss` is a sum over labels, divided by `images`."""
+        self.totals[0] += loss.detach() * images
         self.totals[1] += (logits.detach().argmax(dim=1) != labels).sum()
 
     # -- CUDA graph. A replay trains on whatever lies in the static batch; the learning rate comes from the optimiser's

@@ -32,12 +32,12 @@ class StopRequest:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turn the first signal into a request to stop. A second SIGTERM or Ctrl-C does what it would have done outside; a
-    second one of the others does nothing.
+def stop_signals(*, insisting: bool = True) -> Iterator[StopRequest]:
+    """Turn the first signal into a request to stop. A second SIGTERM or Ctrl-C does what it would have done outside,
+    unless `insisting` is False; a second one of the others does nothing.
     """
     request = StopRequest()
-    outside = {number: signal.getsignal(number) for number in INSISTING}
+    outside = {number: signal.getsignal(number) for number in INSISTING} if insisting else {}
 
     def ask(number: int, frame: FrameType | None) -> None:
         if request.signal_number is None:

@@ -1,9 +1,12 @@
 """The training loop: from any step to the last, saving what the run folder keeps."""
 
+import hashlib
 import math
 import signal
+import socket
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +14,13 @@ from torch import Tensor, nn
 from fastsnap.data.archives import DataError
 from fastsnap.data.plan import Pipeline
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.run_folder import RunFolder
+from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.training.apex import ApexSGD
+from fastsnap.training.exchange import running_statistics
 from fastsnap.training.optim import SnapshotSGD
 from fastsnap.training.pace import Pace
 from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
+from fastsnap.training.ranks import Ranks, RanksLost
 from fastsnap.training.records import LOG_STEPS, Records
 from fastsnap.training.step import TrainStep
 from fastsnap.training.stopping import TrainingStopped, stop_signals
@@ -25,12 +30,13 @@ CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epo
 WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
 ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
 STEPS_PER_SEED = 2**40  # so that no step of one seed is a step of the next
+SEEDS_PER_RANK = 0x9E3779B97F4A7C15  # odd, so that ranks have seeds of their own; rank 0 those of a single process
 LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
 
 
 @dataclass
 class Look:
-    """What was read from the device at the last look: sums over the images of the current epoch."""
+    """What was read from the devices at the last look: sums over the images of the current epoch, of all ranks."""
 
     step: int
     time: float
@@ -46,6 +52,8 @@ class Trainer:
     optimizer  fastsnap.training.optim.SnapshotSGD, or fastsnap.training.apex.ApexSGD, which has the same state
     pipeline   batches of `images` training images
     random_seed  of what a step draws within the network; None: it draws nothing
+    ranks      that train together, each with a trainer of its own; they do the same steps, and the first one writes.
+               Whatever depends on time or on a signal is agreed on
     """
 
     def __init__(
@@ -58,11 +66,13 @@ class Trainer:
         images: int,
         folder: RunFolder,
         random_seed: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.network, self.optimizer, self.train_step = network, optimizer, train_step
         self.pipeline, self.schedule, self.images, self.folder = pipeline, schedule, images, folder
         self.records = Records(folder, schedule, pipeline.steps_per_epoch)
-        self.random_seed = random_seed
+        self.random_seed, self.ranks = random_seed, ranks or Ranks()
+        self.began_with_ranks = self.ranks.count  # of the checkpoint that it goes on from
         self.step = 0  # updates done
         self.seconds = 0.0  # spent training until the current session
         self._session_start = self._epoch_start = time.perf_counter()
@@ -73,8 +83,8 @@ class Trainer:
     def run(self, display: ProgressDisplay) -> None:
         """Train from `self.step` to the last.
 
-        Raises TrainingStopped, TrainingDiverged, RunError if saving fails, and DataError for images that can no longer
-        be read, in files that are decoded while training.
+        Raises TrainingStopped, TrainingDiverged, RunError if saving fails or ranks differ, RanksLost, and DataError for
+        images that can no longer be read, in files that are decoded while training.
         """
         self._first_step = self.step
         self._session_start = self._epoch_start = self._checkpoint_time = time.perf_counter()
@@ -83,21 +93,29 @@ class Trainer:
         self._estimated = False
         self._look = Look(self.step, self._session_start)
         self._pace = Pace(self.step, self._session_start)
+        self._agreed = (self.step, self._session_start)
+        self._next_word = self.step  # the step after which ranks agree again
         try:
             self._train(display)
+        except RanksLost as lost:
+            lost.where = f"after step {self.step:,} of {self.schedule.steps:,}"
+            raise
         except DataError:
-            # What is done is kept: the same command goes on from here once the images are there again.
-            if self.step > self._first_step:
+            # What is done is kept: the same command goes on from here once the images are there again. Other ranks
+            # wait for this one's gradients; they go on from the last checkpoint.
+            if self.step > self._first_step and self.ranks.count == 1:
                 self._look_at_loss(display, epoch_ended=False, saving=True)
                 self.save_checkpoint()
             raise
 
     def _train(self, display: ProgressDisplay) -> None:
-        with stop_signals() as stop:
+        # torchrun repeats what the terminal or a batch system has sent to all, and kills those that do not listen.
+        with stop_signals(insisting=self.ranks.count == 1) as stop:
             while self.step < self.schedule.steps:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
                     self._seed_network()
-                    self.train_step(images, labels)
+                    own, whole = self.pipeline.plan.share(self.step % self.pipeline.steps_per_epoch)
+                    self.train_step(images[:own], labels[:own], whole)
                     self.step += 1
                     self._notice_warm_up(images.shape)
                     lost = signal.SIGPIPE if display.lost else None
@@ -106,7 +124,8 @@ class Trainer:
     def _seed_network(self) -> None:
         """Dropout and stochastic depth draw from PyTorch's generators: a function of seed and step, as all else is."""
         if self.random_seed is not None:
-            torch.manual_seed((self.random_seed * STEPS_PER_SEED + self.step) % 2**63)
+            seed = self.random_seed * STEPS_PER_SEED + self.step + self.ranks.rank * SEEDS_PER_RANK
+            torch.manual_seed(seed % 2**63)
 
     def _notice_warm_up(self, shape: tuple[int, ...]) -> None:
         """Leave the first steps, and the first of a batch size (the compiler starts again), out of the estimate."""
@@ -116,12 +135,13 @@ class Trainer:
         self._shapes.add(shape)
 
     def _after_step(self, display: ProgressDisplay, stop_signal: int | None) -> None:
-        now = time.perf_counter()
         epoch_ended = self.step % self.pipeline.steps_per_epoch == 0
         cycle_ended = self.schedule.ends_cycle(self.step - 1)
-        checkpoint_due = bool(epoch_ended or stop_signal) or now - self._checkpoint_time >= CHECKPOINT_SECONDS
+        if not (epoch_ended or cycle_ended or self.step >= self._next_word):
+            return
+        stop_signal, checkpoint_due, look_due = self._agree(stop_signal or 0)
+        checkpoint_due = bool(epoch_ended or stop_signal or checkpoint_due)
         saving = cycle_ended or checkpoint_due
-        look_due = self.step - self._look.step >= LOG_STEPS or now - self._look.time >= LOG_SECONDS
         # Nothing is saved that was not looked at: a diverged network never replaces a good checkpoint or snapshot.
         if saving or look_due:
             self._look_at_loss(display, epoch_ended=epoch_ended, saving=saving)
@@ -136,12 +156,36 @@ class Trainer:
         if stop_signal and self.step < self.schedule.steps:
             raise TrainingStopped(stop_signal, "a checkpoint is saved")
 
+    def _agree(self, stop_signal: int) -> tuple[int, bool, bool]:
+        """What all ranks do after this step: the signal that stops them, 0 for none; whether a checkpoint and a look
+        are due. A process alone asks itself after every step; ranks agree as often as they look.
+        """
+        now = time.perf_counter()
+        late = now - self._checkpoint_time >= CHECKPOINT_SECONDS
+        look_due = self.step - self._look.step >= LOG_STEPS or now - self._look.time >= LOG_SECONDS
+        if self.ranks.count == 1:
+            return stop_signal, late, look_due
+        step, then = self._agreed
+        steps = round(LOG_SECONDS / max(now - then, 1e-9) * (self.step - step))
+        words = [stop_signal, late, look_due, -min(max(1, steps), LOG_STEPS)]
+        stop_signal, late, look_due, steps = self.ranks.largest([int(word) for word in words])
+        self._agreed, self._next_word = (self.step, now), self.step - steps
+        return stop_signal, bool(late), bool(look_due)
+
+    def _all_totals(self) -> Tensor:
+        """train_step.totals, of all ranks."""
+        totals = self.train_step.totals.clone()
+        self.ranks.sum(totals)
+        return totals
+
     def _look_at_loss(self, display: ProgressDisplay, *, epoch_ended: bool, saving: bool) -> None:
-        loss_sum, errors = self.train_step.totals.tolist()  # waits for the device
+        loss_sum, errors = self._all_totals().tolist()  # waits for the device
         looked_before = self._look.step
         self._look = Look(self.step, time.perf_counter(), loss_sum, errors, self._images_seen())
         # The last update may have broken the weights after a loss that still was finite.
         if not math.isfinite(loss_sum) or (saving and not self.optimizer.flat.data.isfinite().all()):
+            if not self.ranks.is_first:
+                raise RanksLost("rank 0 says why")  # it knows the folder
             remedy = "Try a lower --lr or --precision fp32, with another --out"
             raise self.records.diverged(looked_before, self.step, remedy)
         status = self._status()
@@ -198,6 +242,8 @@ class Trainer:
     # -- saving
 
     def _save_snapshot(self, display: ProgressDisplay) -> None:
+        if not self.ranks.is_first:
+            return
         train_loss = self._look.loss_sum / self._look.images
         entry = self.records.save_snapshot(self.network.state_dict(), self.step, train_loss)
         display.message(
@@ -212,20 +258,43 @@ class Trainer:
             "images_per_second": self.images / seconds,
             "seconds": self._seconds_in_all(),
         }
-        self.records.end_epoch(self.step, figures)
+        if self.ranks.is_first:
+            self.records.end_epoch(self.step, figures)
         self.train_step.totals.zero_()
         self._look = Look(self.step, self._look.time)
         self.epoch_seconds, self._epoch_start = 0.0, time.perf_counter()
 
     def save_checkpoint(self) -> None:
-        """Save everything that the rest of the run depends on."""
+        """Save everything that the rest of the run depends on. Raises RunError if ranks have drifted apart."""
+        self._require_equal_ranks()
         state = {
             "seconds": self._seconds_in_all(),
             "epoch_seconds": self._seconds_in_epoch(),
             "scaler": self.train_step.scaler.state_dict(),
+            "ranks": self.ranks.count,
         }
-        self.records.save_checkpoint(self._tensors(), self.step, state)
+        tensors = self._tensors() | {"totals": self._all_totals()}
+        if self.ranks.is_first:
+            self.records.save_checkpoint(tensors, self.step, state)
+        self.ranks.meet("a checkpoint is saved")  # a disk may take longer than a step may
         self._checkpoint_time = time.perf_counter()
+
+    def _require_equal_ranks(self) -> None:
+        """Raise RunError, naming them, if ranks do not have rank 0's bits."""
+        if self.ranks.count == 1:
+            return
+        digest = hashlib.blake2b(digest_size=16)
+        # Of the buffers those of BatchNorm, which ranks exchange; rank 0 alone is asked for the others.
+        for tensor in (self.optimizer.flat.data, self.optimizer.momentum, *running_statistics(self.network)):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        words = self.ranks.gather([digest.hexdigest(), socket.gethostname()])
+        others = [f"{rank} on {host}" for rank, (bits, host) in enumerate(words) if bits != words[0][0]]
+        if others:
+            raise RunError(
+                f"after step {self.step:,} rank {', '.join(others)} has other parameters than rank 0 on {words[0][1]}, "
+                "though all make the same updates: processors of different kinds, or a fault of memory. Nothing was "
+                "saved since the last checkpoint, from which the same command goes on"
+            )
 
     def resume(self) -> bool:
         """Go to where the run in the folder is; False at its beginning, where it gets its first checkpoint.
@@ -234,21 +303,35 @@ class Trainer:
         Raises RunError for a checkpoint that does not fit this run, and for results that are incomplete: none is
         trained again unasked.
         """
-        if self.records.finished():
+        state = self.ranks.from_first(self._restore)
+        if state["step"] == self.schedule.steps and "scaler" not in state:
             self.step = self.schedule.steps
             return True
-        checkpoint = self.records.checkpoint()
-        if checkpoint is None:
+        # Those that do not read the folder, and may have no weights to begin with, get all from rank 0.
+        self.ranks.send(list(self._tensors().values()))
+        if not self.ranks.is_first:
+            self.train_step.totals.zero_()
+        if "scaler" not in state:
             # So a checkpoint that is missing later was removed.
             self.save_checkpoint()
             return False
-        tensors, state = checkpoint
-        self.records.restore(self._tensors(), tensors, state["step"])
         self.optimizer.seek(state["step"])
         self.train_step.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.epoch_seconds = state["step"], state["seconds"], state["epoch_seconds"]
-        self.folder.forget_after(self.step)
+        self.began_with_ranks = state.get("ranks", 1)
         return self.step > 0
+
+    def _restore(self) -> dict[str, Any]:
+        """Restore what the folder has; returns the checkpoint's state, or the step alone where there is none."""
+        if self.records.finished():
+            return {"step": self.schedule.steps}
+        checkpoint = self.records.checkpoint()
+        if checkpoint is None:
+            return {"step": 0}
+        tensors, state = checkpoint
+        self.records.restore(self._tensors(), tensors, state["step"])
+        self.folder.forget_after(state["step"])
+        return state
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = {f"buffer.{name}": buffer for name, buffer in self.network.named_buffers()}

@@ -279,6 +279,7 @@ class PoisonedPipeline:
     def __init__(self, pipeline, from_step: int) -> None:
         self.pipeline, self.from_step = pipeline, from_step
         self.steps_per_epoch, self.batch_size = pipeline.steps_per_epoch, pipeline.batch_size
+        self.plan = pipeline.plan
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for step, (images, labels) in enumerate(self.pipeline.epoch(epoch, first_step), start=first_step):

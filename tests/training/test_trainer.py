@@ -41,6 +41,7 @@ class StoppingPipeline:
     def __init__(self, pipeline, stop_step: int) -> None:
         self.pipeline, self.stop_step = pipeline, stop_step
         self.steps_per_epoch, self.batch_size = pipeline.steps_per_epoch, pipeline.batch_size
+        self.plan = pipeline.plan
 
     def epoch(self, epoch: int, first_step: int = 0):
         for step, batch in enumerate(self.pipeline.epoch(epoch, first_step), start=first_step):

@@ -1,0 +1,163 @@
+"""The ranks that torchrun started, as ranks.Ranks describes them.
+
+Two ways of talking. The store, a small server of keys and values that torchrun starts, is there before anything else
+and outlives a rank: through it ranks wait for what may take hours (one host reads its pictures, rank 0 writes a
+checkpoint), and agree on which of them tells the user why all of them end. Collectives of torch.distributed carry
+tensors; a rank that is missing there is an error after a time that the user can set, and at once where its connection
+broke.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from fastsnap.training.ranks import Ranks, RanksLost, Value
+from fastsnap.training.stopping import STOP_SIGNALS
+
+CONNECT_SECONDS = 300.0  # until the store of a first rank on another host answers
+LOOK_SECONDS = 1.0  # between two looks at whether another rank has failed, while this one waits
+CLAIM_SECONDS = 5.0  # that a rank which lost others waits for their own word about it
+FAILURE = "failure"
+
+
+class ProcessGroup(Ranks):
+    """See ranks.Ranks. Its methods raise RanksLost where other ranks do not answer."""
+
+    def __init__(self) -> None:
+        """Connects to the store. Raises RanksLost if nobody answers."""
+        self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        with _lost_if_it_fails():
+            rendezvous = distributed.rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS))
+            self._store = next(rendezvous)[0]
+        self._meetings = 0
+        self._timeout = 0.0
+
+    def open(self, device: torch.device, timeout: float) -> None:
+        self._timeout = timeout
+        with _lost_if_it_fails():
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.count,
+                timeout=timedelta(seconds=timeout),
+            )
+
+    def close(self) -> None:
+        self.meet("the end")
+        distributed.destroy_process_group()
+
+    def meet(self, where: str) -> None:
+        self._meetings += 1
+        name = f"meeting {self._meetings}: {where}"
+        with _lost_if_it_fails():
+            self._store.set(f"{name}/{self.rank}", "here")
+            self._wait_for([f"{name}/{rank}" for rank in range(self.count)])
+
+    def _wait_for(self, keys: list[str]) -> None:
+        while True:
+            try:
+                self._store.wait(keys, timedelta(seconds=LOOK_SECONDS))
+                return
+            except distributed.DistStoreError:  # not yet
+                if self._store.check([FAILURE]):
+                    raise RanksLost("another rank failed") from None
+
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        self._meetings += 1
+        key = f"value {self._meetings}"
+        value = json.dumps(make()) if self.is_first else ""
+        with _lost_if_it_fails():
+            if self.is_first:
+                self._store.set(key, value)
+            self._wait_for([key])
+            return json.loads(self._store.get(key))
+
+    def gather(self, value: Value) -> list[Value]:
+        self._meetings += 1
+        key = f"values {self._meetings}"
+        with _lost_if_it_fails():
+            self._store.set(f"{key}/{self.rank}", json.dumps(value))
+            keys = [f"{key}/{rank}" for rank in range(self.count)]
+            self._wait_for(keys)
+            return [json.loads(self._store.get(key)) for key in keys]
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        tensor = torch.tensor(values, dtype=torch.int64)
+        with _lost_if_it_fails():
+            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def sum(self, tensor: Tensor) -> None:
+        with _lost_if_it_fails():
+            distributed.all_reduce(tensor)
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        with _lost_if_it_fails():
+            for tensor in tensors:
+                # A copy where it is needed: collectives want one piece of memory.
+                plain = tensor.contiguous()
+                distributed.broadcast(plain, src=0)
+                if not self.is_first:
+                    tensor.copy_(plain)
+
+    def collect(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        with _lost_if_it_fails():
+            if not self.is_first:
+                if len(rows):
+                    distributed.send(rows.contiguous(), dst=0)
+                return rows
+            parts = [rows]
+            for rank, count in enumerate(counts[1:], start=1):
+                part = rows.new_empty((count, *rows.shape[1:]))
+                if count:
+                    distributed.recv(part, src=rank)
+                parts.append(part)
+        return torch.cat(parts)
+
+    def speaks_of_failure(self) -> bool:
+        with contextlib.suppress(RuntimeError):
+            return int(self._store.compare_set(FAILURE, "", str(self.rank))) == self.rank
+        return self.is_first  # the store is gone, and with it all agreement
+
+    def explain(self, lost: RanksLost) -> str:
+        """Names the ranks that do not answer. A signal does not interrupt it: torchrun sends one to all when one ends."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        missing = self._missing()
+        who = f"rank {self.rank} of {self.count} on {socket.gethostname()}"
+        others = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
+        return (
+            f"{who} lost {others} {lost.where} ({lost}): it was killed, its host is gone, or it does not answer within "
+            f"--timeout {self._timeout:g} seconds. The same command goes on from the last checkpoint"
+        )
+
+    def _missing(self) -> list[int]:
+        """The ranks that do not say within a few seconds that they, too, have lost others, or why they failed."""
+        waiting = time.monotonic() + CLAIM_SECONDS
+        missing = list(range(self.count))
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"lost/{self.rank}", "here")
+            while missing and time.monotonic() < waiting and not self._store.check([FAILURE]):
+                missing = [rank for rank in missing if not self._store.check([f"lost/{rank}"])]
+                time.sleep(LOOK_SECONDS / 10)
+        return missing
+
+
+@contextlib.contextmanager
+def _lost_if_it_fails() -> Iterator[None]:
+    """Errors of torch.distributed are all RuntimeErrors; their first line tells enough."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksLost(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from error
