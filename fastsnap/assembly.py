@@ -17,17 +17,18 @@ from fastsnap.data.datasets import load_dataset
 from fastsnap.data.fingerprint import fingerprints
 from fastsnap.data.pictures import Wishes
 from fastsnap.data.pipeline import choose_loader, make_pipeline
-from fastsnap.data.plan import largest_batch, training_steps
+from fastsnap.data.plan import Pipeline, largest_batch, training_steps
 from fastsnap.data.sources import Dataset, FileSet
 from fastsnap.device import choose_device, choose_precision, free_device_memory
 from fastsnap.ensemble.evaluate import BATCH_SIZE
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.limits import choose_threads, parse_bytes, require_memory, usual_budget
+from fastsnap.limits import Room, choose_threads, parse_bytes, require_memory, usual_budget
 from fastsnap.nets.build import build_network, is_random
 from fastsnap.nets.initial import begin_with, classifier_names
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 from fastsnap.nets.weights import InitialWeights
 from fastsnap.run_folder import RunFolder
+from fastsnap.training.exchange import Exchange
 from fastsnap.training.memory import (
     evaluation_needs,
     footprint,
@@ -35,13 +36,17 @@ from fastsnap.training.memory import (
     require_training_memory,
 )
 from fastsnap.training.progress import LoadingDisplay
+from fastsnap.training.ranks import Ranks
 from fastsnap.training.step import TrainStep, choose_compile
 from fastsnap.training.trainer import Trainer
 from fastsnap.training.updates import build_optimizer
 
 
-def settle(config: TrainConfig) -> TrainConfig:
-    """`config` with what is left to this machine replaced by what it means here; for the loader see `settle_loader`."""
+def settle(config: TrainConfig, *, sharing: int = 1) -> TrainConfig:
+    """`config` with what is left to this machine replaced by what it means here; for the loader see `settle_loader`.
+
+    sharing  ranks of the run on this host
+    """
     device = choose_device(config.device)
     return dataclasses.replace(
         config,
@@ -51,7 +56,7 @@ def settle(config: TrainConfig) -> TrainConfig:
         initial=config.initial and os.path.abspath(config.initial),
         precision=choose_precision(config.precision, device).name,
         compile=choose_compile(config.compile, device),
-        threads=choose_threads(config.threads).count,
+        threads=choose_threads(config.threads, sharing=sharing).count,
     )
 
 
@@ -62,13 +67,14 @@ def settle_loader(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     return dataclasses.replace(config, loader=loader)
 
 
-def reasons_of(config: TrainConfig) -> dict[str, str]:
+def reasons_of(config: TrainConfig, *, sharing: int = 1) -> dict[str, str]:
     """Why `settle` makes of "threads" and "precision" what it does, for the summary.
 
     To be asked before the number of threads is set, from which it then could not be told any more.
     """
     precision = choose_precision(config.precision, choose_device(config.device))
-    return {"threads": choose_threads(config.threads).reason, "precision": precision.reason}
+    threads = choose_threads(config.threads, sharing=sharing)
+    return {"threads": threads.reason, "precision": precision.reason}
 
 
 def as_begun(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
@@ -111,7 +117,9 @@ def load_data(config: TrainConfig, saved: dict[str, Any], console: Console) -> D
         )
 
 
-def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder, *, restart: bool = False) -> None:
+def require_room(
+    config: TrainConfig, dataset: Dataset, folder: RunFolder, ranks: Ranks, *, restart: bool = False
+) -> None:
     """Raise ValueError, with the figures, for a run that memory or disk cannot hold: now rather than in some hours.
 
     restart  what the folder holds is moved aside: it gives no room
@@ -124,19 +132,20 @@ def require_room(config: TrainConfig, dataset: Dataset, folder: RunFolder, *, re
             f"{count}"
         )
     network = build_network(config.net, **network_options(config, dataset), device="meta")
-    size, room = (
-        footprint(network, (channels, height, width)),
-        free_device_memory(torch.device(config.device)),
-    )
+    size = footprint(network, (channels, height, width))
+    room = free_device_memory(torch.device(config.device))
+    if room and config.device == "cpu" and ranks.local_count > 1:
+        room = Room(room.bytes // ranks.local_count, f"{room.reason} for each of {ranks.local_count} ranks")
     copied = dataset.train.nbytes if config.device == "cuda" else 0
-    largest = largest_batch(count, config.batch_size)
+    largest = -(-largest_batch(count, config.batch_size) // ranks.count)
     require_training_memory(size, largest, room, half=config.precision != "fp32", copied=copied)
     evaluation = evaluation_needs(
         size, BATCH_SIZE, len(dataset.test.labels), len(dataset.classes), config.cycles
     )
     require_memory("evaluating the snapshots", evaluation, room, "use fewer --cycles")
-    saved = 0 if restart else folder.bytes_of_tensors()
-    require_disk(size, folder.path, config.cycles, saved)
+    if ranks.is_first:
+        saved = 0 if restart else folder.bytes_of_tensors()
+        require_disk(size, folder.path, config.cycles, saved)
 
 
 def planned_steps(config: TrainConfig, dataset: Dataset) -> int:
@@ -169,8 +178,15 @@ def begin_with_initial(
     return begin_with(trainer.network, initial, classifier_names(build, len(dataset.classes)))
 
 
-def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> Trainer:
-    """A trainer at step 0. `config` has no "auto" left: see `settle`."""
+def build_trainer(
+    config: TrainConfig, dataset: Dataset, folder: RunFolder, ranks: Ranks | None = None
+) -> Trainer:
+    """A trainer at step 0. `config` has no "auto" left: see `settle`.
+
+    ranks  that train together; default: this process alone
+    Raises ValueError for sync_batch_norm where it cannot be had.
+    """
+    ranks = ranks or Ranks()
     device = torch.device(config.device)
     pipeline = make_pipeline(
         dataset.train,
@@ -182,6 +198,8 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         augmentation=dataset.augmentation,
         loader=config.loader,
         threads=config.threads,
+        rank=ranks.rank,
+        ranks=ranks.count,
     )
     schedule = Schedule(
         config.schedule, config.epochs * pipeline.steps_per_epoch, config.cycles, config.learning_rate
@@ -190,6 +208,9 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
     operations = PLAIN_OPERATIONS if config.compile == "on" else KERNEL_OPERATIONS
     options = network_options(config, dataset)
     network = build_network(config.net, **options, seed=config.seed, operations=operations)
+    if config.sync_batch_norm:
+        _require_sync_batch_norm(device, pipeline, ranks)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(
         config.update, network, schedule, momentum=config.momentum, weight_decay=config.weight_decay
@@ -200,15 +221,33 @@ def build_trainer(config: TrainConfig, dataset: Dataset, folder: RunFolder) -> T
         device,
         precision=config.precision,
         compiled=config.compile == "on",
-        graphed=device.type == "cuda" and config.update == "fused",
+        graphed=device.type == "cuda" and config.update == "fused" and ranks.count == 1,
+        exchange=Exchange(network, optimizer.flat, ranks) if ranks.count > 1 else None,
     )
     random_seed = config.seed if is_random(config.net, config.dropout) else None
     images = len(dataset.train.labels)
-    return Trainer(network, optimizer, train_step, pipeline, schedule, images, folder, random_seed)
+    return Trainer(network, optimizer, train_step, pipeline, schedule, images, folder, random_seed, ranks)
 
 
-def describe(config: TrainConfig, dataset: Dataset, initial: InitialWeights | None = None) -> dict[str, Any]:
-    """config.json: the configuration, the data and the weights it began with, and the versions that trained it."""
+def _require_sync_batch_norm(device: torch.device, pipeline: Pipeline, ranks: Ranks) -> None:
+    """Raise ValueError where BatchNorm cannot see the whole batch, or where a rank would miss its collectives."""
+    if device.type != "cuda":
+        raise ValueError(
+            "sync_batch_norm (--sync-batch-norm) needs GPUs, got device cpu: leave it out; each rank then normalises "
+            "its own images, and the running statistics are averaged"
+        )
+    smallest = min(pipeline.plan.share(step).whole for step in range(pipeline.steps_per_epoch))
+    if smallest < ranks.count:
+        raise ValueError(
+            f"sync_batch_norm (--sync-batch-norm) needs an image for each of {ranks.count} ranks in every batch, but "
+            f"the smallest has {smallest}: use another --batch-size, or fewer ranks"
+        )
+
+
+def describe(
+    config: TrainConfig, dataset: Dataset, initial: InitialWeights | None = None, ranks: int = 1
+) -> dict[str, Any]:
+    """config.json: the configuration, the data and the weights it began with, the number of ranks, and the versions."""
     images = {"train": len(dataset.train.labels), "test": len(dataset.test.labels)}
     if dataset.validation is not None:
         images["validation"] = len(dataset.validation.labels)
@@ -224,6 +263,7 @@ def describe(config: TrainConfig, dataset: Dataset, initial: InitialWeights | No
         "background": None if dataset.background is None else list(dataset.background),
         "storage": dataset.storage,
         "initial_sha256": initial.sha256 if initial else None,
+        "ranks": ranks,
         "data_source": dataset.source,
         "versions": {
             "fastsnap": __version__,

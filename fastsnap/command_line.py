@@ -1,19 +1,34 @@
 """What the commands share: arguments with one meaning everywhere, and exit statuses."""
 
 import argparse
+import contextlib
+import io
 import signal
+import sys
+import traceback
 from collections.abc import Callable
+from typing import TypeVar
+
+import torch
 
 from fastsnap.device import DEVICES, PRECISION_HELP, PRECISIONS
 from fastsnap.limits import THREADS_HELP
 from fastsnap.printing import OutputLost, print_error, print_failure
+from fastsnap.training.joining import join_ranks
+from fastsnap.training.ranks import Ranks, RanksLost
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
+
+Parsed = TypeVar("Parsed")
 
 
 def exit_status(work: Callable[[], int]) -> int:
     """What `work` returns; 2 for an error of use, which is printed, 128 + signal if stopped by one. An output that
     closes counts as SIGPIPE.
     """
+    return _reported(lambda _: _until_stopped(work), Ranks)
+
+
+def _until_stopped(work: Callable[[], int]) -> int:
     try:
         with stop_signals_raised():
             return work()
@@ -22,9 +37,69 @@ def exit_status(work: Callable[[], int]) -> int:
     except TrainingStopped as stopped:
         print_error(f"stopped by {stopped}")
         return 128 + stopped.signal_number
+
+
+def on_ranks(work: Callable[[Ranks], int]) -> int:
+    """What `work` returns on this process's rank among those that torchrun started; errors as in `exit_status`, 1 for
+    lack of memory and for lost ranks. Of all ranks that fail, one prints why.
+    """
+    return _reported(work, join_ranks)
+
+
+def _reported(work: Callable[[Ranks], int], join: Callable[[], Ranks]) -> int:
+    ranks = Ranks()
+    try:
+        ranks = join()
+        status = work(ranks)
+        if not status:
+            ranks.close()
+        return status
+    except RanksLost as lost:
+        text = ranks.explain(lost)
+        if ranks.speaks_of_failure():
+            print_error(f"error: {text}")
+        return 1
     except ValueError as error:
-        print_failure(error)
+        if ranks.speaks_of_failure():
+            print_failure(error, ranks.name)
         return 2
+    except Exception as error:
+        if not is_out_of_memory(error) and ranks.count == 1:
+            raise
+        if ranks.speaks_of_failure():
+            _print_fault(error, ranks)
+        return 1
+
+
+def _print_fault(error: Exception, ranks: Ranks) -> None:
+    if is_out_of_memory(error):
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        print_error(
+            f"error: out of memory{ranks.name} ({reason}): use a smaller --batch-size, or a smaller --net"
+        )
+        return
+    print_error(f"error: a fault of the program{ranks.name}:")
+    traceback.print_exception(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's allocator for the CPU has no kind of error of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def parsed_once(parse: Callable[[], Parsed], ranks: Ranks) -> Parsed:
+    """What `parse` returns; what argparse prints before it exits, errors and help, is printed by one rank only."""
+    if ranks.count == 1:
+        return parse()
+    said, failed = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
+            return parse()
+    except SystemExit:
+        if ranks.speaks_of_failure():
+            sys.stdout.write(said.getvalue())
+            sys.stderr.write(failed.getvalue())
+        raise
 
 
 def snapshot_numbers(text: str) -> list[int]:

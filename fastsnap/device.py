@@ -41,6 +41,22 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def take_gpu(device: torch.device, local_rank: int, local_count: int) -> None:
+    """On CUDA, give each of the `local_count` processes of this host a GPU of its own; elsewhere nothing.
+
+    Raises ValueError where there are fewer GPUs.
+    """
+    if device.type != "cuda":
+        return
+    found = torch.cuda.device_count()
+    if found < local_count:
+        raise ValueError(
+            f"{local_count} ranks on this host need a GPU each, but torch finds {found}: use torchrun "
+            f"--nproc-per-node {found} (make: NPROC={found}), or --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def free_device_memory(device: torch.device) -> Room | None:
     """Memory that this process can still take where `device` computes; None where nothing says it."""
     if device.type != "cuda":

@@ -64,9 +64,7 @@ def choose_threads(asked: int | None, root: Path = Path("/"), *, sharing: int = 
 def physical_cores(root: Path = Path("/")) -> int:
     """Cores of this machine, each counted once however many threads it runs, as PyTorch counts them."""
     folder = root / "sys/devices/system/cpu"
-    siblings = {
-        path.read_text().strip() for path in folder.glob("cpu[0-9]*/topology/thread_siblings_list")
-    }
+    siblings = {path.read_text().strip() for path in folder.glob("cpu[0-9]*/topology/thread_siblings_list")}
     return len(siblings) or os.cpu_count() or 1
 
 

@@ -71,12 +71,12 @@ def write_output(text: str) -> bool:
     return sys.stdout is not None and not output.lost
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    """A console on standard output, or standard error. Colours and live displays are for terminals only.
+def make_console(*, stderr: bool = False, silent: bool = False) -> Console:
+    """A console on standard output, or standard error, or nowhere. Colours and live displays are for terminals only.
 
     FORCE_COLOR and its like would fill log files with the codes that move a cursor.
     """
-    stream = sys.stderr if stderr else sys.stdout
+    stream = None if silent else sys.stderr if stderr else sys.stdout
     terminal = stream is not None and stream.isatty()
     return Console(file=cast(TextIO, Output(stream)), force_terminal=terminal)
 
@@ -97,10 +97,12 @@ def print_error(text: str) -> None:
     print_line(make_console(stderr=True), text)
 
 
-def print_failure(error: Exception) -> None:
-    """Print an error on standard error; one that has several `lines`, in as many."""
+def print_failure(error: Exception, whose: str = "") -> None:
+    """Print an error on standard error, the first line followed by `whose` it is; one that has several `lines`, in as
+    many.
+    """
     first, *others = getattr(error, "lines", (str(error),))
-    print_error(f"error: {first}")
+    print_error(f"error: {first}{whose}")
     for line in others:
         print_error(line)
 

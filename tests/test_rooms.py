@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     ("train", "ensemble_eval", "predict", "export"),
     ("command_line",),
-    ("assembly",),
+    ("assembly", "agreement"),
     ("config",),
     ("recipes",),
     ("ensemble",),

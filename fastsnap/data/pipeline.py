@@ -65,9 +65,7 @@ def make_pipeline(
     if isinstance(images, FileSet):
         if batch_size < 1:
             raise ValueError(f"batch size must be at least 1, got {batch_size}")
-        plan = Plan(
-            len(images.labels), batch_size, seed, augmentation, images.sizes, rank=rank, ranks=ranks
-        )
+        plan = Plan(len(images.labels), batch_size, seed, augmentation, images.sizes, rank=rank, ranks=ranks)
         return _files_pipeline(images, plan, mean, std, device, loader, threads)
     _check(images, batch_size, mean, std, augmentation.padding if augmentation else 0)
     if augmentation is None:

@@ -244,9 +244,7 @@ class _Part:
                     "--ten-crop of resized crops needs the files of the images, which this data set has not"
                 )
             threads = torch.get_num_threads()
-            return CornerFiles(
-                files.part(own), task.batch_size, dataset.mean, dataset.std, device, threads
-            )
+            return CornerFiles(files.part(own), task.batch_size, dataset.mean, dataset.std, device, threads)
         return make_pipeline(
             images.part(own),
             batch_size=task.batch_size,

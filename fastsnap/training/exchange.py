@@ -7,6 +7,8 @@ gradients, each rank's weighted by its share of the images, so that all ranks ke
 what is saved does not depend on when.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -46,7 +48,8 @@ class Exchange:
         used = self._parameters_used(share)
         gradients = [self._gradients[number] for number in used]
         if share:
-            torch._foreach_copy_(gradients, [self._flat.parameters[number].grad for number in used])
+            found: list[Any] = [self._flat.parameters[number].grad for number in used]
+            torch._foreach_copy_(gradients, found)
         else:
             self._packed.zero_()
         if self._seen:
@@ -60,7 +63,9 @@ class Exchange:
 
     def _parameters_used(self, share: float) -> list[int]:
         """As rank 0, which has images in every batch, saw it in the first."""
-        found = [number for number, parameter in enumerate(self._flat.parameters) if parameter.grad is not None]
+        found = [
+            number for number, parameter in enumerate(self._flat.parameters) if parameter.grad is not None
+        ]
         if self._used is None:
             self._used = self._ranks.from_first(lambda: found)
         if share and found != self._used:

@@ -23,7 +23,7 @@ from fastsnap.training.ranks import Ranks, RanksLost, Value
 from fastsnap.training.stopping import STOP_SIGNALS
 
 CONNECT_SECONDS = 300.0  # until the store of a first rank on another host answers
-LOOK_SECONDS = 1.0  # between two looks at whether another rank has failed, while this one waits
+LEAST_PAUSE, MOST_PAUSE = 0.001, 0.1  # seconds between two looks at the store, while this rank waits
 CLAIM_SECONDS = 5.0  # that a rank which lost others waits for their own word about it
 FAILURE = "failure"
 
@@ -36,6 +36,7 @@ class ProcessGroup(Ranks):
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ.get("LOCAL_RANK") or 0)
         self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        self.name = f" (rank {self.rank} of {self.count}, on {socket.gethostname()})"
         with _lost_if_it_fails():
             rendezvous = distributed.rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS))
             self._store = next(rendezvous)[0]
@@ -65,13 +66,12 @@ class ProcessGroup(Ranks):
             self._wait_for([f"{name}/{rank}" for rank in range(self.count)])
 
     def _wait_for(self, keys: list[str]) -> None:
-        while True:
-            try:
-                self._store.wait(keys, timedelta(seconds=LOOK_SECONDS))
-                return
-            except distributed.DistStoreError:  # not yet
-                if self._store.check([FAILURE]):
-                    raise RanksLost("another rank failed") from None
+        pause = LEAST_PAUSE  # its own wait() would not see that another rank failed
+        while not self._store.check(keys):
+            if self._store.check([FAILURE]):
+                raise RanksLost("another rank failed")
+            time.sleep(pause)
+            pause = min(2 * pause, MOST_PAUSE)
 
     def from_first(self, make: Callable[[], Value]) -> Value:
         self._meetings += 1
@@ -131,7 +131,7 @@ class ProcessGroup(Ranks):
         return self.is_first  # the store is gone, and with it all agreement
 
     def explain(self, lost: RanksLost) -> str:
-        """Names the ranks that do not answer. A signal does not interrupt it: torchrun sends one to all when one ends."""
+        """Names the ranks that do not answer. Signals do not interrupt it: torchrun sends one to all when one ends."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         missing = self._missing()
@@ -150,7 +150,7 @@ class ProcessGroup(Ranks):
             self._store.set(f"lost/{self.rank}", "here")
             while missing and time.monotonic() < waiting and not self._store.check([FAILURE]):
                 missing = [rank for rank in missing if not self._store.check([f"lost/{rank}"])]
-                time.sleep(LOOK_SECONDS / 10)
+                time.sleep(MOST_PAUSE)
         return missing
 
 

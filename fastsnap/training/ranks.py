@@ -30,6 +30,7 @@ class Ranks:
 
     rank, count = 0, 1
     local_rank, local_count = 0, 1
+    name = ""  # " (rank 1 of 4, on that-host)", behind an error; a process alone needs none
 
     @property
     def is_first(self) -> bool:
@@ -73,4 +74,4 @@ class Ranks:
 
     def explain(self, lost: RanksLost) -> str:
         """What the user should know of it."""
-        raise NotImplementedError from lost
+        return str(lost)

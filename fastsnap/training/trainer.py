@@ -30,7 +30,9 @@ CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epo
 WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
 ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
 STEPS_PER_SEED = 2**40  # so that no step of one seed is a step of the next
-SEEDS_PER_RANK = 0x9E3779B97F4A7C15  # odd, so that ranks have seeds of their own; rank 0 those of a single process
+SEEDS_PER_RANK = (
+    0x9E3779B97F4A7C15  # odd, so that ranks have seeds of their own; rank 0 those of a single process
+)
 LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
 
 
@@ -139,8 +141,8 @@ class Trainer:
         cycle_ended = self.schedule.ends_cycle(self.step - 1)
         if not (epoch_ended or cycle_ended or self.step >= self._next_word):
             return
-        stop_signal, checkpoint_due, look_due = self._agree(stop_signal or 0)
-        checkpoint_due = bool(epoch_ended or stop_signal or checkpoint_due)
+        stop_signal, late, look_due = self._agree(stop_signal or 0)
+        checkpoint_due = bool(epoch_ended or stop_signal or late)
         saving = cycle_ended or checkpoint_due
         # Nothing is saved that was not looked at: a diverged network never replaces a good checkpoint or snapshot.
         if saving or look_due:
@@ -167,10 +169,10 @@ class Trainer:
             return stop_signal, late, look_due
         step, then = self._agreed
         steps = round(LOG_SECONDS / max(now - then, 1e-9) * (self.step - step))
-        words = [stop_signal, late, look_due, -min(max(1, steps), LOG_STEPS)]
-        stop_signal, late, look_due, steps = self.ranks.largest([int(word) for word in words])
+        words = [stop_signal, int(late), int(look_due), -min(max(1, steps), LOG_STEPS)]
+        stop_signal, any_late, any_look, steps = self.ranks.largest(words)
         self._agreed, self._next_word = (self.step, now), self.step - steps
-        return stop_signal, bool(late), bool(look_due)
+        return stop_signal, bool(any_late), bool(any_look)
 
     def _all_totals(self) -> Tensor:
         """train_step.totals, of all ranks."""

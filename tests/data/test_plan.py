@@ -83,7 +83,9 @@ def test_the_batches_of_the_ranks_together_are_those_of_one(count, batch_size, r
     for step in single.steps(0):
         whole = single.batch(epoch, step)
         shares = [plan.share(step) for plan in plans]
-        assert {share.whole for share in shares} == {len(whole.indices)} == {sum(share.own for share in shares)}
+        assert (
+            {share.whole for share in shares} == {len(whole.indices)} == {sum(share.own for share in shares)}
+        )
         batches = [plan.batch(epoch, step) for plan in plans]
         for batch, share, plan in zip(batches, shares, plans, strict=True):
             assert len(batch.indices) == max(1, share.own) <= plan.largest_batch
