@@ -10,11 +10,14 @@ broke.
 import contextlib
 import json
 import os
+import re
+import secrets
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -24,6 +27,7 @@ from fastsnap.training.stopping import STOP_SIGNALS
 
 CONNECT_SECONDS = 300.0  # until the store of a first rank on another host answers
 LEAST_PAUSE, MOST_PAUSE = 0.001, 0.1  # seconds between two looks at the store, while this rank waits
+STOPPING_SECONDS = 20.0  # that a rank which is asked to stop still waits for others; torchrun kills after 30
 CLAIM_SECONDS = 5.0  # that a rank which lost others waits for their own word about it
 FAILURE = "failure"
 
@@ -39,9 +43,34 @@ class ProcessGroup(Ranks):
         self.name = f" (rank {self.rank} of {self.count}, on {socket.gethostname()})"
         with _lost_if_it_fails():
             rendezvous = distributed.rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS))
-            self._store = next(rendezvous)[0]
+            self._store = self._fresh(next(rendezvous)[0])
         self._meetings = 0
         self._timeout = 0.0
+
+    def _fresh(self, store: Any) -> Any:
+        """The part of the store that is these ranks' own: torchrun keeps one store through all its restarts, and what
+        earlier ranks wrote is still in it, such as where to reach them.
+
+        Every rank calls with a word of its own, which rank 0 answers with the name of that part, until all are there;
+        what it answers to earlier ranks nobody reads.
+        """
+        own, part = secrets.token_hex(8), secrets.token_hex(8)
+        calls = [f"call/{rank}" for rank in range(self.count)]
+        store.set(calls[self.rank], own)
+        waiting = time.monotonic() + CONNECT_SECONDS
+        while time.monotonic() < waiting:
+            if self.is_first:
+                for call in calls:
+                    if store.check([call]):
+                        store.set(f"answer/{store.get(call).decode()}", part)
+                if store.check([f"{part}/here/{rank}" for rank in range(1, self.count)]):
+                    return distributed.PrefixStore(part, store)
+            elif store.check([f"answer/{own}"]):
+                part = store.get(f"answer/{own}").decode()
+                store.set(f"{part}/here/{self.rank}", "")
+                return distributed.PrefixStore(part, store)
+            time.sleep(MOST_PAUSE / 10)
+        raise RanksLost(f"not all {self.count} ranks came within {CONNECT_SECONDS:g} seconds")
 
     def open(self, device: torch.device, timeout: float) -> None:
         self._timeout = timeout
@@ -66,10 +95,15 @@ class ProcessGroup(Ranks):
             self._wait_for([f"{name}/{rank}" for rank in range(self.count)])
 
     def _wait_for(self, keys: list[str]) -> None:
-        pause = LEAST_PAUSE  # its own wait() would not see that another rank failed
+        pause, asked = LEAST_PAUSE, None  # its own wait() would not see that another rank failed
         while not self._store.check(keys):
             if self._store.check([FAILURE]):
                 raise RanksLost("another rank failed")
+            if self.is_stopping():
+                # By torchrun, because a rank was killed, who will not come; or by the user, and the others still save.
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > STOPPING_SECONDS:
+                    raise RanksLost("a stop was asked for")
             time.sleep(pause)
             pause = min(2 * pause, MOST_PAUSE)
 
@@ -160,4 +194,6 @@ def _lost_if_it_fails() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RanksLost(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from error
+        # Their first sentence, without the line of the library's source that it begins with.
+        reason = re.sub(r"^(\[[^\]]*/[^\]]*\] *)+", "", str(error).partition("\n")[0]).partition(". ")[0]
+        raise RanksLost(reason or type(error).__name__) from error

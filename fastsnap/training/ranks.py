@@ -30,6 +30,9 @@ class Ranks:
 
     rank, count = 0, 1
     local_rank, local_count = 0, 1
+    is_stopping: Callable[[], bool] = staticmethod(
+        lambda: False
+    )  # whether a signal has come that is not answered yet
     name = ""  # " (rank 1 of 4, on that-host)", behind an error; a process alone needs none
 
     @property

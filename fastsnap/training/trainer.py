@@ -113,6 +113,7 @@ class Trainer:
     def _train(self, display: ProgressDisplay) -> None:
         # torchrun repeats what the terminal or a batch system has sent to all, and kills those that do not listen.
         with stop_signals(insisting=self.ranks.count == 1) as stop:
+            self.ranks.is_stopping = lambda: stop.signal_number is not None
             while self.step < self.schedule.steps:
                 for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
                     self._seed_network()
