@@ -11,6 +11,7 @@
 #
 # Variables of `make train`, each a flag of `python -m fastsnap.train` (unset: the data set's recipe):
 #   DATASET  M (cycles)  EPOCHS  NET  BATCH  LR  SEED  DATA (folder of the data sets)  OUT (run folder)  ARGS (further flags)
+# and NPROC, the processes (ranks) that torchrun starts on this machine, which share the cores or have a GPU each
 
 .PHONY: help train test lint bench bench-peers kernel-report gpu-check apex clean
 
@@ -21,7 +22,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # A variable that no target asked for reads would be ignored without a word.
-VARIABLES_train := DATASET M EPOCHS NET BATCH LR SEED DATA OUT ARGS
+VARIABLES_train := DATASET M EPOCHS NET BATCH LR SEED DATA OUT NPROC ARGS
 VARIABLES_bench := DATA OUT ARGS
 VARIABLES_apex := APEX_TAG
 TOOLS := PYTHON SHELL MAKE CC CXX CPP CFLAGS CXXFLAGS CPPFLAGS LDFLAGS
@@ -33,14 +34,13 @@ MEANT_LEARNING_RATE := LR
 MEANT_EPOCH := EPOCHS
 MEANT_NETWORK := NET
 MEANT_MODEL := NET
+MEANT_WORLD_SIZE := NPROC
+MEANT_GPUS := NPROC
 goals := $(or $(MAKECMDGOALS),help)
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 taken := $(foreach goal,$(goals),$(VARIABLES_$(goal)))
 refuse = $(error make $(goals) has no variable $(1)$(if $(MEANT_$(1)),: did you mean $(MEANT_$(1))?,.) $(if $(taken),Its variables \
   are $(taken)$(if $(filter ARGS,$(taken)),; other flags go into ARGS='--flag value'),It takes none))
-ifneq ($(filter NPROC,$(given)),)
-$(error NPROC is not supported yet: training runs in one process, on all cores or on one GPU. Leave it out)
-endif
 $(foreach name,$(filter-out $(taken) $(TOOLS),$(given)),$(call refuse,$(name)))
 
 flag = $(if $($(1)),$(2) '$($(1))')
@@ -48,8 +48,11 @@ TRAIN_FLAGS = $(call flag,DATASET,--dataset) $(call flag,M,--cycles) $(call flag
   $(call flag,BATCH,--batch-size) $(call flag,LR,--lr) $(call flag,SEED,--seed) $(call flag,DATA,--data) \
   $(call flag,OUT,--out) $(ARGS)
 
+# OMP_NUM_THREADS=1 is what torchrun sets itself, with a warning; the ranks then take their shares of the cores.
+PROCESSES = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node '$(NPROC)' -m
+
 train: .venv/installed
-	@$(BIN)/python -m fastsnap.train $(TRAIN_FLAGS)
+	@$(if $(filter-out 1,$(NPROC)),$(PROCESSES),$(BIN)/python -m) fastsnap.train $(TRAIN_FLAGS)
 
 test: lint
 	$(BIN)/python -m pytest

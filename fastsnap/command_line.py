@@ -25,10 +25,11 @@ def exit_status(work: Callable[[], int]) -> int:
     """What `work` returns; 2 for an error of use, which is printed, 128 + signal if stopped by one. An output that
     closes counts as SIGPIPE.
     """
-    return _reported(lambda _: _until_stopped(work), Ranks)
+    return _reported(lambda _: until_stopped(work), Ranks)
 
 
-def _until_stopped(work: Callable[[], int]) -> int:
+def until_stopped(work: Callable[[], int]) -> int:
+    """What `work` returns; 128 + signal if stopped by one."""
     try:
         with stop_signals_raised():
             return work()

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from fastsnap import __version__
-from fastsnap.command_line import add_computing, exit_status, snapshot_numbers
-from fastsnap.device import choose_device
-from fastsnap.ensemble.evaluate import BATCH_SIZE
+from fastsnap.command_line import add_computing, on_ranks, parsed_once, snapshot_numbers, until_stopped
+from fastsnap.device import choose_device, take_gpu
+from fastsnap.ensemble.evaluate import BATCH_SIZE, assist_evaluation
 from fastsnap.ensemble.inputs import SPLITS
 from fastsnap.ensemble.report import report_run
 from fastsnap.ensemble.views import MIRROR, ONE, TEN_CROP
@@ -26,6 +26,7 @@ from fastsnap.limits import choose_threads
 from fastsnap.printing import ArgumentParser, is_lost, make_console
 from fastsnap.run_folder import RUNS, RunFolder, newest_run
 from fastsnap.training.allocator import keep_freed_memory
+from fastsnap.training.ranks import TIMEOUT, Ranks
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,14 +104,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     An output that closes counts as SIGPIPE; what was evaluated is saved before it is shown.
     """
-    options = _parser().parse_args(arguments)
+    return on_ranks(lambda ranks: until_stopped(lambda: _evaluate(arguments, ranks)))
+
+
+def _evaluate(arguments: list[str] | None, ranks: Ranks) -> int:
+    options = parsed_once(lambda: _parser().parse_args(arguments), ranks)
     keep_freed_memory()
-    return exit_status(lambda: _evaluate(options))
-
-
-def _evaluate(options: argparse.Namespace) -> int:
+    device = choose_device(options.device)
+    take_gpu(device, ranks.local_rank, ranks.local_count)
+    torch.set_num_threads(choose_threads(options.threads, sharing=ranks.local_count).count)
+    ranks.open(device, TIMEOUT)
+    if not ranks.is_first:
+        assist_evaluation(ranks, RunFolder(options.run or RUNS), data=options.data, device=device)
+        return 0
     _check_json_path(options.json)
-    torch.set_num_threads(choose_threads(options.threads).count)
     console = make_console(stderr=options.json == "-")
     report_run(
         RunFolder(options.run) if options.run else newest_run(),
@@ -121,9 +128,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         snapshots=options.snapshots,
         split=options.split,
         batch_size=options.batch_size,
-        device=choose_device(options.device),
+        device=device,
         precision=options.precision,
         views=options.views,
+        ranks=ranks,
     )
     return 128 + signal.SIGPIPE if is_lost(console) else 0
 
