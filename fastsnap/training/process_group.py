@@ -84,8 +84,12 @@ class ProcessGroup(Ranks):
             )
 
     def close(self) -> None:
-        self.meet("the end")
-        distributed.destroy_process_group()
+        # Rank 0 leaves last: where torchrun runs no store, it is in that process.
+        with _lost_if_it_fails():
+            self._store.set(f"leaving/{self.rank}", "")
+            if self.is_first:
+                self._wait_for([f"leaving/{rank}" for rank in range(self.count)])
+            distributed.destroy_process_group()
 
     def meet(self, where: str) -> None:
         self._meetings += 1

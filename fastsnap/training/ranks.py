@@ -44,7 +44,7 @@ class Ranks:
         """Begin to exchange tensors on `device`, on which a rank waits at most `timeout` seconds for another."""
 
     def close(self) -> None:
-        """End it, in order, once all ranks are here."""
+        """End it, in order; the first rank waits for the others."""
 
     def meet(self, where: str) -> None:
         """Wait, however long it takes, until all ranks are at the point that is called `where`."""

@@ -1,0 +1,305 @@
+"""The command lines on several ranks: what they have in common, how they fail, and how they stop."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from in_ranks import Ended, Ranks, in_ranks
+from small_run import small_run
+
+from fastsnap import agreement, ensemble_eval, train
+from fastsnap.run_folder import RunFolder
+from fastsnap.training.trainer import Trainer
+
+SMALL = ["--net", "resnet8", "--epochs", "4", "--cycles", "2", "--loader", "torch", "--precision", "fp32"]
+
+
+def run(arguments: Sequence[Sequence[str]], place: Path, main=train.main) -> list[Ended]:
+    return Ranks(main, [list(of_rank) for of_rank in arguments], [place] * len(arguments)).wait()
+
+
+def one_error(ended: Sequence[Ended]) -> str:
+    """The only line on standard error of all ranks, none of which ended well."""
+    assert all(rank.status for rank in ended)
+    (line,) = [line for rank in ended for line in rank.errors.splitlines()]
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks, and in `ended-0.json` and `-1` what they wrote."""
+    place = tmp_path_factory.mktemp("ranks")
+    ended = run([[*SMALL, "--out", "run"]] * 2, place)
+    for rank, of_rank in enumerate(ended):
+        (place / f"ended-{rank}.json").write_text(json.dumps(vars(of_rank)))
+    return place / "run"
+
+
+def snapshot_bytes(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((folder / "snapshots").iterdir())]
+
+
+def test_two_ranks_train_and_only_the_first_one_speaks(finished: Path) -> None:
+    first, second = (json.loads((finished.parent / f"ended-{rank}.json").read_text()) for rank in range(2))
+    assert (first["status"], first["errors"]) == (0, "")
+    assert second == {"status": 0, "output": "", "errors": ""}
+    line = "ranks     2, up to 32 of 64 images of a batch each; BatchNorm over each rank's own; "
+    assert line in first["output"]
+    assert first["output"].count("saved snapshot") == 2
+    assert "The last m averaged" in first["output"]
+    assert json.loads((finished / "config.json").read_text())["ranks"] == 2
+    figures = [record["train_error"] for record in RunFolder(finished).metrics()]
+    assert len(figures) == 4
+    # Sums over all images: whole numbers of errors among 1,437.
+    for figure in figures:
+        assert figure * 14.37 == pytest.approx(round(figure * 14.37), abs=1e-6)
+
+
+def test_the_evaluation_counts_each_image_once_whatever_the_number_of_ranks(
+    finished: Path, tmp_path: Path
+) -> None:
+    of_ranks = json.loads((finished / "ensemble.json").read_text())
+    plain = [str(finished), "--out", str(tmp_path), "--precision", "fp32"]
+    assert ensemble_eval.main(plain) == 0
+    alone = json.loads((tmp_path / "ensemble.json").read_text())
+    del of_ranks["seconds"], alone["seconds"]
+    assert of_ranks == alone
+    # Four batches on three ranks, and one batch, of which two ranks have nothing.
+    for batch_size in ("100", "1000"):
+        options = [*plain, "--batch-size", batch_size]
+        assert [rank.errors for rank in run([options] * 3, tmp_path, ensemble_eval.main)] == [""] * 3
+        again = json.loads((tmp_path / "ensemble.json").read_text())
+        assert ensemble_eval.main(options) == 0
+        alone = json.loads((tmp_path / "ensemble.json").read_text())
+        del again["seconds"], alone["seconds"]
+        assert again == alone
+
+
+def test_a_stop_is_answered_by_all_and_the_run_goes_on_to_the_same_bits(
+    finished: Path, tmp_path: Path
+) -> None:
+    ranks = Ranks(train.main, [[*SMALL, "--out", "run"]] * 2, [tmp_path] * 2)
+    while "estimated time" not in ranks.output(0):
+        assert ranks.processes[0].is_alive()
+        time.sleep(0.01)
+    os.kill(ranks.processes[1].pid, signal.SIGUSR1)  # a batch system's word to one of them
+    ended = ranks.wait()
+    assert [rank.status for rank in ended] == [128 + signal.SIGUSR1] * 2
+    assert [rank.errors for rank in ended] == ["", ""]
+    assert "stopped by SIGUSR1; a checkpoint is saved" in ended[0].output
+    again = run([[*SMALL, "--out", "run"]] * 2, tmp_path)
+    assert [rank.status for rank in again] == [0, 0]
+    assert "going on after step" in again[0].output
+    assert "note:" not in again[0].output
+    assert snapshot_bytes(tmp_path / "run") == snapshot_bytes(finished)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(tmp_path: Path) -> None:
+    ranks = Ranks(train.main, [[*SMALL, "--out", "run"]] * 2, [tmp_path] * 2)
+    while "estimated time" not in ranks.output(0):
+        assert ranks.processes[0].is_alive()
+        time.sleep(0.01)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert [rank.status for rank in ranks.wait()] == [128 + signal.SIGTERM] * 2
+    (of_three, *_) = run([[*SMALL, "--out", "run"]] * 3, tmp_path)
+    assert of_three.status == 0
+    note = (
+        "note: until here this run had 2 ranks, and goes on with 3: the same batches and updates, but sums in"
+    )
+    assert note in of_three.output
+
+
+class Halting(Trainer):
+    """Rank 1 does something after ten steps."""
+
+    def _after_step(self, *arguments) -> None:
+        super()._after_step(*arguments)
+        if self.step == 10 and self.ranks.rank == 1:
+            self.do()
+
+
+class Dying(Halting):
+    def do(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hanging(Halting):
+    def do(self) -> None:
+        time.sleep(30)
+
+
+class Faulty(Halting):
+    def do(self) -> None:
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
+
+
+class Drifting(Halting):
+    def do(self) -> None:
+        with torch.no_grad():
+            self.optimizer.flat.data[3] += 1e-6
+
+
+def train_with(trainer: type[Trainer], arguments: list[str]) -> int:
+    from fastsnap import assembly
+
+    assembly.Trainer = trainer
+    return train.main(arguments)
+
+
+def dying(arguments: list[str]) -> int:
+    return train_with(Dying, arguments)
+
+
+def hanging(arguments: list[str]) -> int:
+    return train_with(Hanging, arguments)
+
+
+def faulty(arguments: list[str]) -> int:
+    return train_with(Faulty, arguments)
+
+
+def drifting(arguments: list[str]) -> int:
+    return train_with(Drifting, arguments)
+
+
+def test_a_rank_that_is_killed_is_named_by_one_of_the_others(tmp_path: Path) -> None:
+    first, killed, third = run([[*SMALL, "--out", "run"]] * 3, tmp_path, dying)
+    assert killed.status == -signal.SIGKILL
+    said = one_error([first, third])
+    assert "lost rank 1 after step 10 of 92 (" in said
+    assert "on from the last checkpoint" in said
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
+    started = time.monotonic()
+    first, _, third = run([[*SMALL, "--out", "run", "--timeout", "2"]] * 3, tmp_path, hanging)
+    said = one_error([first, third])
+    assert "lost rank 1 after step 10 of 92 (" in said
+    assert "it does not answer within --timeout 2 seconds" in said
+    assert time.monotonic() - started < 60
+
+
+def test_lack_of_memory_on_one_rank_is_one_error(tmp_path: Path) -> None:
+    said = one_error(run([[*SMALL, "--out", "run"]] * 3, tmp_path, faulty))
+    assert said.startswith("error: out of memory (rank 1 of 3, on ")
+    assert said.endswith("use a smaller --batch-size, or a smaller --net")
+
+
+def test_ranks_that_drift_apart_are_named_and_nothing_is_saved(tmp_path: Path) -> None:
+    said = one_error(run([[*SMALL, "--out", "run"]] * 3, tmp_path, drifting))
+    assert "after step 23 rank 1 on " in said
+    assert "has other parameters than rank 0 on " in said
+    assert RunFolder(tmp_path / "run").load_checkpoint()[1]["step"] == 0
+
+
+def test_a_network_that_diverges_is_one_error(tmp_path: Path) -> None:
+    ended = run([[*SMALL, "--out", "run", "--lr", "1e30"]] * 2, tmp_path)
+    assert "the loss became NaN or infinite between steps 1 and " in one_error(ended)
+    assert {rank.status for rank in ended} == {1, 2}
+
+
+def test_other_flags_are_named(tmp_path: Path) -> None:
+    arguments = [SMALL, SMALL, [*SMALL, "--lr", "0.2", "--threads", "1"]]
+    said = one_error(run(arguments, tmp_path))
+    assert "ranks must be started with the same flags. Rank 2 on " in said
+    assert "learning_rate: 0.2 there, 0.1 on rank 0" in said
+    assert "threads" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_flag_that_is_wrong_on_one_rank_is_one_error(tmp_path: Path) -> None:
+    ended = run([SMALL, [*SMALL, "--epoch", "many"]], tmp_path)
+    assert [rank.status for rank in ended] == [1, 2]
+    assert ended[0].errors == ""
+    assert "argument --epochs: invalid int value: 'many'" in ended[1].errors
+
+
+def test_help_comes_once(tmp_path: Path) -> None:
+    ended = run([["--help"]] * 2, tmp_path)
+    assert sorted(rank.output[:6] for rank in ended) == ["", "usage:"]
+
+
+def test_a_batch_of_fewer_images_than_ranks_is_refused(tmp_path: Path) -> None:
+    said = one_error(run([[*SMALL, "--batch-size", "2"]] * 3, tmp_path))
+    assert "batch_size must be at least the number of ranks" in said
+    assert "got 2 for 3 ranks" in said
+
+
+def test_sync_batch_norm_needs_gpus(tmp_path: Path) -> None:
+    said = one_error(run([[*SMALL, "--sync-batch-norm"]] * 2, tmp_path))
+    assert "sync_batch_norm (--sync-batch-norm) needs GPUs, got device cpu" in said
+
+
+def test_a_gpu_for_every_rank_is_asked_for(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("of machines without a GPU")
+    said = one_error(run([[*SMALL, "--device", "cuda"]] * 2, tmp_path))
+    assert "device cuda was asked for, but torch finds no CUDA device" in said
+
+
+def test_a_host_that_cannot_see_the_run_gets_it_from_the_first_rank(finished: Path, tmp_path: Path) -> None:
+    """And writes nothing: hosts need no common disk."""
+    other = tmp_path / "other-host"
+    other.mkdir()
+    ranks = Ranks(train.main, [[*SMALL, "--out", "run"]] * 2, [tmp_path, other])
+    while "estimated time" not in ranks.output(0):
+        assert ranks.processes[0].is_alive()
+        time.sleep(0.01)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    ranks.wait()
+    ended = Ranks(train.main, [[*SMALL, "--out", "run"]] * 2, [tmp_path, other]).wait()
+    assert [(rank.status, rank.errors) for rank in ended] == [(0, "")] * 2
+    assert snapshot_bytes(tmp_path / "run") == snapshot_bytes(finished)
+    assert {file.name for file in other.iterdir()} == {"said-by-1.out", "said-by-1.err"}
+
+
+def test_a_run_that_the_first_rank_does_not_see_is_not_begun_anew(tmp_path: Path) -> None:
+    first, other = tmp_path / "first-host", tmp_path / "other-host"
+    first.mkdir()
+    small_run(other / "run", snapshots=1)
+    said = one_error(Ranks(train.main, [[*SMALL, "--out", "run"]] * 2, [first, other]).wait())
+    assert "run holds a run for rank 1 on " in said
+    assert "which reads and writes it, does not see it: put --out on a disk that all hosts share" in said
+    assert not (first / "run").exists()
+
+
+def versions_differ(ranks) -> str:
+    agreement.__version__ = f"9.0.{ranks.rank}"
+    try:
+        agreement.require_agreement(train.parse_arguments(SMALL)[0], RunFolder("run"), ranks, restart=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_other_versions_are_named() -> None:
+    for said in in_ranks(versions_differ, 2):
+        assert "ranks must run the same versions" in said
+        assert "fastsnap: 9.0.1 there, 9.0.0 on rank 0" in said
+
+
+def images_differ(ranks) -> str:
+    from small_run import small_dataset
+
+    dataset = small_dataset()
+    dataset.test.labels[0] += ranks.rank
+    try:
+        agreement.require_same_data(dataset, ranks)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_other_images_are_named() -> None:
+    for said in in_ranks(images_differ, 2):
+        assert "ranks must train on the same images and labels. Rank 1 on " in said
+        assert "test: " in said
+        assert "train: " not in said
