@@ -26,6 +26,7 @@ from fastsnap.training.step import TrainStep
 from fastsnap.training.stopping import TrainingStopped, stop_signals
 
 LOG_SECONDS = 2.0  # most seconds between two looks, for slow steps
+AGREE_SECONDS = 0.2  # about as often ranks ask each other whether to look, save or stop
 CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epochs
 WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
 ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
@@ -161,7 +162,7 @@ class Trainer:
 
     def _agree(self, stop_signal: int) -> tuple[int, bool, bool]:
         """What all ranks do after this step: the signal that stops them, 0 for none; whether a checkpoint and a look
-        are due. A process alone asks itself after every step; ranks agree as often as they look.
+        are due. A process alone asks itself after every step, ranks each other now and then.
         """
         now = time.perf_counter()
         late = now - self._checkpoint_time >= CHECKPOINT_SECONDS
@@ -169,7 +170,7 @@ class Trainer:
         if self.ranks.count == 1:
             return stop_signal, late, look_due
         step, then = self._agreed
-        steps = round(LOG_SECONDS / max(now - then, 1e-9) * (self.step - step))
+        steps = round(AGREE_SECONDS / max(now - then, 1e-9) * (self.step - step))
         words = [stop_signal, int(late), int(look_due), -min(max(1, steps), LOG_STEPS)]
         stop_signal, any_late, any_look, steps = self.ranks.largest(words)
         self._agreed, self._next_word = (self.step, now), self.step - steps

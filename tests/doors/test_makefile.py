@@ -28,7 +28,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
             "has no variable MOMENTUM. Its variables are DATASET M .* ARGS='--flag value'",
         ),
         (["train", "epochs=3"], "has no variable epochs"),
-        (["train", "NPROC=2"], "NPROC is not supported yet: training runs in one process"),
+        (["train", "GPUS=2"], "has no variable GPUS: did you mean NPROC?"),
         (["bench", "M=3"], "make bench has no variable M. Its variables are DATA OUT ARGS"),
         (["test", "DATASET=digits"], "make test has no variable DATASET. It takes none"),
         (["DATASET=digits"], "make help has no variable DATASET"),
@@ -40,6 +40,15 @@ def test_variables_that_would_be_ignored_are_errors_of_one_line(arguments: list[
     assert done.stdout.count("--batch-size") == 0
     (line,) = [line for line in done.stderr.splitlines() if "***" in line]
     assert re.search(said, line), line
+
+
+def test_processes_are_started_by_torchrun() -> None:
+    done = make("train", "NPROC=3", "M=2")
+    assert done.returncode == 0, done.stderr
+    (command,) = [line for line in done.stdout.splitlines() if "fastsnap.train" in line]
+    assert "torchrun --standalone --nproc-per-node '3' -m fastsnap.train" in command
+    (command,) = [line for line in make("train", "NPROC=1").stdout.splitlines() if "fastsnap.train" in line]
+    assert command.split() == [".venv/bin/python", "-m", "fastsnap.train"]
 
 
 def test_every_variable_is_a_flag() -> None:

@@ -227,22 +227,6 @@ def test_a_pipe_that_closes_saves_a_checkpoint_and_is_told_on_standard_error(
     assert snapshot_bytes(tmp_path) == snapshot_bytes(finished)
 
 
-def test_many_processes_are_refused_once(tmp_path: Path) -> None:
-    """As torchrun starts them: the first one speaks, all end alike, and none touches the folder."""
-    command = [sys.executable, "-m", "fastsnap.train", *SMALL, "--out", str(tmp_path / "run")]
-    said = []
-    for rank in "01":
-        environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert done.stdout == ""
-        said.append(done.stderr)
-    assert said[0].startswith("error: training on 2 processes (torchrun) is not supported")
-    assert len(said[0].splitlines()) == 1
-    assert said[1] == ""
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_log_of_a_run_reads_well_in_a_file(finished: Path) -> None:
     output = (finished.parent / "log").read_text()
     lines = output.splitlines()
