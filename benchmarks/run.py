@@ -25,6 +25,7 @@ BENCHMARKS = {
     "evaluation": "evaluating an ensemble of 5",
     "serving": "predicting with the ensemble and with its exported files, their sizes, cold starts",
     "scaling": "cost against batch size, M, depth and net size",
+    "ranks": "one run on two ranks against one process; what they send each other",
     "accuracy": "error of snapshot ensemble, standard schedule, NoCycle and SingleCycle at equal epochs",
 }
 IN_A_PRECISION = ("throughput", "evaluation")  # those that --precision is for

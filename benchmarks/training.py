@@ -39,7 +39,7 @@ class Stopwatch:
         self._started = 0.0
         self._pipeline = trainer.pipeline
         self.batch_size, self.steps_per_epoch = trainer.pipeline.batch_size, trainer.pipeline.steps_per_epoch
-        self.name = trainer.pipeline.name
+        self.name, self.plan = trainer.pipeline.name, trainer.pipeline.plan
         trainer.pipeline = self
         trainer.network.register_forward_pre_hook(lambda *_: self._start())
         trainer.optimizer.register_step_pre_hook(lambda *_: self._stop("forward_backward"))

@@ -104,8 +104,17 @@ class PacedProcess:
 
         Raises ContenderFailed if the loop fails or ends.
         """
-        try:
+        self.begin(steps)
+        return self.end()
+
+    def begin(self, steps: int) -> None:
+        """The first half of `run`: where several processes have their turn at once, all begin before any ends."""
+        with suppress(OSError):  # `end` says why
             self._connection.send(steps)
+
+    def end(self) -> Chunk:
+        """The second half of `run`."""
+        try:
             answer = self._connection.recv()
         except (EOFError, OSError):
             answer = "its process ended"

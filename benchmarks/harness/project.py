@@ -21,6 +21,7 @@ from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.allocator import keep_freed_memory
 from fastsnap.training.progress import ProgressDisplay
+from fastsnap.training.ranks import Ranks
 from fastsnap.training.trainer import Trainer
 from harness.paced import Pace
 from harness.task import CLASSES, DATASET, Task, load_images
@@ -34,6 +35,7 @@ class PacedPipeline:
     def __init__(self, pipeline: Pipeline, pace: Pace) -> None:
         self._pipeline, self._pace, self.name = pipeline, pace, pipeline.name
         self.batch_size, self.steps_per_epoch = pipeline.batch_size, pipeline.steps_per_epoch
+        self.plan = pipeline.plan
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The pipeline's batches, in turns."""
@@ -72,12 +74,23 @@ def threads_of(config: TrainConfig) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def train_loop(pace: Pace, task: Task, schedule: str = "snapshot") -> None:
-    """Training without end; what it saves goes to a temporary folder."""
+def train_loop(
+    pace: Pace,
+    task: Task,
+    schedule: str = "snapshot",
+    *,
+    threads: int | None = None,
+    ranks: Ranks | None = None,
+) -> None:
+    """Training without end; what it saves goes to a temporary folder.
+
+    threads  default: all; ranks  that train together: see fastsnap.training.ranks
+    """
     keep_freed_memory()  # as fastsnap.train's main does
     config = configure(task, schedule)
+    config = replace(config, threads=threads or config.threads)
     with tempfile.TemporaryDirectory() as folder, threads_of(config):
-        trainer = build_trainer(config, load_images(task.data), RunFolder(folder))
+        trainer = build_trainer(config, load_images(task.data), RunFolder(folder), ranks)
         trainer.pipeline = PacedPipeline(trainer.pipeline, pace)
         run_silently(trainer)
 
