@@ -4,6 +4,7 @@ import accuracy
 import evaluation
 import pictures
 import pipelines
+import ranks
 import schedules
 import serving
 import throughput
@@ -52,6 +53,17 @@ def _resnet110(precision: str) -> Target:
 
 
 OTHERS = (
+    *(
+        Target(
+            f"training {net} on two ranks, times the images/s of one process with two threads",
+            ranks.NAME,
+            (ranks.case_of(net),),
+            ranks.TWO_THREADS,
+            "ratio",
+            0.95,
+        )
+        for net in ranks.NETS
+    ),
     Target(
         "data pipeline, times a DataLoader's images/s with 2 workers",
         pipelines.NAME,

@@ -57,7 +57,9 @@ def choose_threads(asked: int | None, root: Path = Path("/"), *, sharing: int = 
         found.setdefault(max(1, math.floor(quota)), f"the container's quota of {quota:g} cores")
     count = min(found)
     if sharing > 1:
-        return Threads(max(1, count // sharing), f"of {count} {found[count]}, which {sharing} ranks share")
+        return Threads(
+            max(1, count // sharing), f"a part of {count}, {found[count]}, which {sharing} ranks share"
+        )
     return Threads(count, found[count])
 
 

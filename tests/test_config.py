@@ -19,6 +19,8 @@ from fastsnap.config import make_config
         ({"weight_decay": float("nan")}, "weight_decay .* got nan"),
         ({"weight_decay": -1e-9}, "weight_decay .* got -1e-09"),
         ({"momentum": 1 - 1e-9}, "momentum must be at least 0 and below 1 in fp32, got 0.999999999"),
+        ({"timeout": 0.0}, "timeout must be finite and above 0, got 0.0"),
+        ({"timeout": float("inf")}, "timeout must be finite and above 0, got inf"),
         ({"epochs": 10**30}, "epochs must be from 1 to 2147483647, got 10{30}"),
         ({"batch_size": 10**12}, "batch_size must be from 1 to 2147483647, got 10{12}"),
         ({"cycles": 2**31}, "cycles must be from 1 to 2147483647"),

@@ -85,6 +85,31 @@ def test_the_environment_variable_of_openmp_is_respected(tmp_path, monkeypatch):
     assert (chosen.count, chosen.reason) == (5, "OMP_NUM_THREADS")
 
 
+def test_ranks_of_a_host_share_its_cores_whatever_torchrun_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    cpus = "sys/devices/system/cpu"
+    # Eight cores of two threads each.
+    make(
+        tmp_path,
+        {f"{cpus}/cpu{n}/topology/thread_siblings_list": f"{n % 8},{n % 8 + 8}\n" for n in range(16)},
+    )
+    for given in ("1", None):
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        else:
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        chosen = choose_threads(None, tmp_path, sharing=3)
+        assert (chosen.count, chosen.reason) == (2, "a part of 8, cores of this machine, which 3 ranks share")
+        assert choose_threads(None, tmp_path, sharing=20).count == 1
+    make(tmp_path, CASES["version 1"][0])
+    quota = choose_threads(None, tmp_path, sharing=3)
+    assert (quota.count, quota.reason) == (
+        1,
+        "a part of 3, the container's quota of 3 cores, which 3 ranks share",
+    )
+
+
 @pytest.mark.parametrize("asked", [0, -1, 100_000])
 def test_numbers_that_cannot_be_meant_are_refused(asked):
     with pytest.raises(ValueError, match=f"threads must be from 1 to 1024, got {asked}"):

@@ -9,7 +9,7 @@ import pytest
 import run
 
 ROOT = Path(__file__).parents[2] / "benchmarks"
-DOORS = ("run", "report", "gpu_check")
+DOORS = ("run", "report", "gpu_check", "cost_model")
 BENCHMARKS = (*run.BENCHMARKS, "training")
 PARTS = ("pictures",)  # of a benchmark: the pipelines
 ROOMS = (DOORS, ("targets",), BENCHMARKS, PARTS, ("opponents",), ("harness",))  # from the top to the bottom

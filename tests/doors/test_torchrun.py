@@ -70,7 +70,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("uninterrupted")
     said = Agent(place, "--standalone", "--nproc-per-node", "2").wait()
     assert errors(said) == []
-    assert re.search(r"^threads +\d+ \(of \d+ .*, which 2 ranks share\)$", said, re.MULTILINE)
+    assert re.search(r"^threads +\d+ \(a part of \d+, .*, which 2 ranks share\)$", said, re.MULTILINE)
     return place / "run"
 
 
