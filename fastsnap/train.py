@@ -55,6 +55,8 @@ from fastsnap.training.ranks import Ranks
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
 from fastsnap.training.trainer import Trainer
 
+RESTARTED = "--restart is done"
+
 
 def train(
     config: TrainConfig, console: Console, *, restart: bool = False, ranks: Ranks | None = None
@@ -68,6 +70,8 @@ def train(
     folder, ranks = RunFolder(config.out), ranks or Ranks()
     take_gpu(choose_device(config.device), ranks.local_rank, ranks.local_count)
     require_agreement(config, folder, ranks, restart=restart)
+    # What torchrun starts again is not to begin anew a second time.
+    restart = ranks.from_first(lambda: restart and not ranks.remembers(RESTARTED))
     reasons = reasons_of(config, sharing=ranks.local_count)
     told = ranks.from_first(lambda: _begin(config, folder, ranks, restart=restart))
     reasons |= told["reasons"]
@@ -89,6 +93,7 @@ def train(
             began = begin_with_initial(config, dataset, trainer, initial) if initial else ""
             if restart:
                 moved = set_aside(folder)
+                ranks.remember(RESTARTED)
                 if moved:
                     print_line(console, f"restart: what was there is now in {moved}")
             _require_same(config, folder)  # a process that held the lock until now may have made it

@@ -10,6 +10,7 @@ from fastsnap.device import (
     processor_capabilities,
     processor_name,
     processor_precision,
+    take_gpu,
 )
 
 X86 = {"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bw": True, "cpu_name": "Intel Xeon"}
@@ -64,3 +65,18 @@ def test_cuda_without_cuda_is_an_error():
     with pytest.raises(ValueError, match="--device cpu"):
         choose_device("cuda")
     assert choose_device("auto").type == "cpu"
+
+
+def test_every_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for rank in range(2):
+        take_gpu(torch.device("cuda"), rank, 2)
+    assert taken == [0, 1]
+    with pytest.raises(
+        ValueError, match=r"3 ranks on this host need a GPU each, but torch finds 2: .*-per-node 2"
+    ):
+        take_gpu(torch.device("cuda"), 0, 3)
+    take_gpu(torch.device("cpu"), 0, 3)
+    assert taken == [0, 1]

@@ -62,12 +62,11 @@ def make_pipeline(
 
     Raises ValueError for arguments that do not fit the images, and for "dali" without DALI.
     """
+    require_batch_size(batch_size)
     if isinstance(images, FileSet):
-        if batch_size < 1:
-            raise ValueError(f"batch size must be at least 1, got {batch_size}")
         plan = Plan(len(images.labels), batch_size, seed, augmentation, images.sizes, rank=rank, ranks=ranks)
         return _files_pipeline(images, plan, mean, std, device, loader, threads)
-    _check(images, batch_size, mean, std, augmentation.padding if augmentation else 0)
+    _check(images, mean, std, augmentation.padding if augmentation else 0)
     if augmentation is None:
         images = _centres(images)
     sizes = np.broadcast_to(np.array(images.images.shape[1:3], np.int32), (len(images.labels), 2))
@@ -96,6 +95,12 @@ def _files_pipeline(
     return DaliFiles(files, plan, mean, std, device, threads)
 
 
+def require_batch_size(batch_size: int) -> None:
+    """Raise ValueError for less than one image."""
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+
+
 def _centres(images: ImageSet) -> ImageSet:
     """The centre of each image that is larger than a network sees, as of held-out images of resized crops."""
     height, width, _ = images.shape
@@ -107,9 +112,7 @@ def _centres(images: ImageSet) -> ImageSet:
     return ImageSet(np.ascontiguousarray(centres), images.labels)
 
 
-def _check(
-    images: ImageSet, batch_size: int, mean: Sequence[float], std: Sequence[float], padding: int
-) -> None:
+def _check(images: ImageSet, mean: Sequence[float], std: Sequence[float], padding: int) -> None:
     shape = images.images.shape
     if images.images.dtype != np.uint8 or len(shape) != 4 or 0 in shape:
         raise ValueError(f"images should be uint8 [N, H, W, C], got {images.images.dtype} {list(shape)}")
@@ -117,8 +120,6 @@ def _check(
         raise ValueError(
             f"labels should be int64 [{shape[0]}], got {images.labels.dtype} {list(images.labels.shape)}"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, got {batch_size}")
     if padding < 0:
         raise ValueError(f"padding must be at least 0 pixels, got {padding}")
     if not len(mean) == len(std) == shape[3] or min(std) <= 0:

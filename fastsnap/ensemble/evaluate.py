@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsnap.data.datasets import Dataset
 from fastsnap.data.fingerprint import require_same_images
-from fastsnap.data.pipeline import make_pipeline
+from fastsnap.data.pipeline import make_pipeline, require_batch_size
 from fastsnap.data.plan import Pipeline, part_of
 from fastsnap.data.sources import FileSet, Source
 from fastsnap.device import AUTOCAST_DTYPES, choose_device
@@ -213,6 +213,7 @@ class _Part:
         *,
         check_memory: bool,
     ) -> None:
+        require_batch_size(task.batch_size)
         config, split = task.config, task.split
         dataset = dataset or load_data(config, data, folder)
         require_views(task.views, dataset.augmentation)

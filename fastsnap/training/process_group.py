@@ -43,7 +43,8 @@ class ProcessGroup(Ranks):
         self.name = f" (rank {self.rank} of {self.count}, on {socket.gethostname()})"
         with _lost_if_it_fails():
             rendezvous = distributed.rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS))
-            self._store = self._fresh(next(rendezvous)[0])
+            self._of_all_starts = next(rendezvous)[0]
+            self._store = self._fresh(self._of_all_starts)
         self._meetings = 0
         self._timeout = 0.0
 
@@ -162,6 +163,14 @@ class ProcessGroup(Ranks):
                     distributed.recv(part, src=rank)
                 parts.append(part)
         return torch.cat(parts)
+
+    def remember(self, what: str) -> None:
+        with _lost_if_it_fails():
+            self._of_all_starts.set(f"remember/{what}", "")
+
+    def remembers(self, what: str) -> bool:
+        with _lost_if_it_fails():
+            return self._of_all_starts.check([f"remember/{what}"])
 
     def speaks_of_failure(self) -> bool:
         with contextlib.suppress(RuntimeError):

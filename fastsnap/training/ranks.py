@@ -5,6 +5,7 @@ what the rest of the program sees of it. A process on its own is a rank of one, 
 and which imports nothing more.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -70,6 +71,13 @@ class Ranks:
     def collect(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """On rank 0, the rows [N, ...] of all ranks one after the other; `counts` says how many each has."""
         return rows
+
+    def remember(self, what: str) -> None:
+        """For the processes that torchrun starts in the place of these ones, if it has to."""
+
+    def remembers(self, what: str) -> bool:
+        """Whether ranks that were here before had remembered it; of a process alone, whether there were any."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
     def speaks_of_failure(self) -> bool:
         """Whether this rank is the one, of all that fail for one reason, to tell the user about it."""

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from in_ranks import Ended, Ranks, in_ranks
+from made_pictures import folder_of_pictures
 from small_run import small_run
 
 from fastsnap import agreement, ensemble_eval, train
 from fastsnap.run_folder import RunFolder
+from fastsnap.training.joining import join_ranks
 from fastsnap.training.trainer import Trainer
 
 SMALL = ["--net", "resnet8", "--epochs", "4", "--cycles", "2", "--loader", "torch", "--precision", "fp32"]
@@ -272,6 +277,60 @@ def test_a_run_that_the_first_rank_does_not_see_is_not_begun_anew(tmp_path: Path
     assert "run holds a run for rank 1 on " in said
     assert "which reads and writes it, does not see it: put --out on a disk that all hosts share" in said
     assert not (first / "run").exists()
+
+
+def remembered(ranks) -> tuple[bool, bool]:
+    before = ranks.remembers("it")
+    ranks.meet("all have looked")
+    if ranks.is_first:
+        ranks.remember("it")
+    ranks.meet("it is remembered")
+    again = join_ranks()  # as the process that torchrun starts in this one's place
+    again.meet("they are here")
+    return before, again.remembers("it")
+
+
+def test_what_is_remembered_outlives_the_ranks() -> None:
+    assert in_ranks(remembered, 2) == [(False, True)] * 2
+
+
+def test_a_process_that_is_started_again_does_not_begin_anew(
+    finished: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    arguments = [*SMALL, "--out", str(tmp_path / "run"), "--restart"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.main(arguments) == 0
+    assert snapshot_bytes(tmp_path / "run") == snapshot_bytes(finished)
+    assert not list((tmp_path / "run").glob("replaced-*"))
+
+
+@pytest.mark.parametrize("memory", ["1GB", "1kB"])
+def test_ranks_train_on_pictures_that_one_of_them_has_decoded(tmp_path: Path, memory: str) -> None:
+    """In memory, and decoded while training."""
+    folder_of_pictures(tmp_path / "pictures")
+    options = [
+        "--dataset",
+        "folder",
+        "--data",
+        "pictures",
+        "--net",
+        "resnet8",
+        "--epochs",
+        "2",
+        "--cycles",
+        "1",
+    ]
+    options += ["--image-size", "16", "--batch-size", "8", "--precision", "fp32", "--memory", memory]
+    ended = run([[*options, "--cache", "cache", "--out", "run"]] * 2, tmp_path)
+    assert [(rank.status, rank.errors) for rank in ended] == [(0, "")] * 2
+    assert ended[0].output.count("decoded ") == 1
+    assert len(RunFolder(tmp_path / "run").metrics()) == 2
+
+
+def test_plain_training_imports_nothing_of_it() -> None:
+    program = "import sys, fastsnap.train; sys.exit('fastsnap.training.process_group' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def versions_differ(ranks) -> str:
