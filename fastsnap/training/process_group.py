@@ -184,10 +184,8 @@ class ProcessGroup(Ranks):
         missing = self._missing()
         who = f"rank {self.rank} of {self.count} on {socket.gethostname()}"
         others = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
-        return (
-            f"{who} lost {others} {lost.where} ({lost}): it was killed, its host is gone, or it does not answer within "
-            f"--timeout {self._timeout:g} seconds. The same command goes on from the last checkpoint"
-        )
+        patience = f", or it does not answer within {self._timeout:g} seconds" if self._timeout else ""
+        return f"{who} lost {others} {lost.where} ({lost}): it was killed, its host is gone{patience}{lost.remedy}"
 
     def _missing(self) -> list[int]:
         """The ranks that do not say within a few seconds that they, too, have lost others, or why they failed."""

@@ -17,9 +17,12 @@ TIMEOUT = 300.0  # seconds that ranks wait for each other within a step, unless 
 
 
 class RanksLost(Exception):
-    """Other ranks did not answer: one of them failed, was killed, or hangs. `where` says when, for the user."""
+    """Other ranks did not answer: one of them failed, was killed, or hangs.
 
-    where = "before the first step"
+    where, remedy  for the user: when, and what to do
+    """
+
+    where, remedy = "outside of the training steps", ""
 
 
 class Ranks:
@@ -31,9 +34,8 @@ class Ranks:
 
     rank, count = 0, 1
     local_rank, local_count = 0, 1
-    is_stopping: Callable[[], bool] = staticmethod(
-        lambda: False
-    )  # whether a signal has come that is not answered yet
+    # Whether a signal has come that is not answered yet.
+    is_stopping: Callable[[], bool] = staticmethod(lambda: False)
     name = ""  # " (rank 1 of 4, on that-host)", behind an error; a process alone needs none
 
     @property

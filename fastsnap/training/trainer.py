@@ -23,7 +23,7 @@ from fastsnap.training.progress import ProgressDisplay, Status, format_seconds
 from fastsnap.training.ranks import Ranks, RanksLost
 from fastsnap.training.records import LOG_STEPS, Records
 from fastsnap.training.step import TrainStep
-from fastsnap.training.stopping import TrainingStopped, stop_signals
+from fastsnap.training.stopping import StopRequest, TrainingStopped, stop_signals
 
 LOG_SECONDS = 2.0  # most seconds between two looks, for slow steps
 AGREE_SECONDS = 0.2  # about as often ranks ask each other whether to look, save or stop
@@ -102,6 +102,7 @@ class Trainer:
             self._train(display)
         except RanksLost as lost:
             lost.where = f"after step {self.step:,} of {self.schedule.steps:,}"
+            lost.remedy = " (--timeout). The same command goes on from the last checkpoint"
             raise
         except DataError:
             # What is done is kept: the same command goes on from here once the images are there again. Other ranks
@@ -115,15 +116,21 @@ class Trainer:
         # torchrun repeats what the terminal or a batch system has sent to all, and kills those that do not listen.
         with stop_signals(insisting=self.ranks.count == 1) as stop:
             self.ranks.is_stopping = lambda: stop.signal_number is not None
-            while self.step < self.schedule.steps:
-                for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
-                    self._seed_network()
-                    own, whole = self.pipeline.plan.share(self.step % self.pipeline.steps_per_epoch)
-                    self.train_step(images[:own], labels[:own], whole)
-                    self.step += 1
-                    self._notice_warm_up(images.shape)
-                    lost = signal.SIGPIPE if display.lost else None
-                    self._after_step(display, stop.signal_number or lost)
+            try:
+                self._train_until(stop, display)
+            finally:
+                self.ranks.is_stopping = Ranks.is_stopping
+
+    def _train_until(self, stop: StopRequest, display: ProgressDisplay) -> None:
+        while self.step < self.schedule.steps:
+            for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
+                self._seed_network()
+                own, whole = self.pipeline.plan.share(self.step % self.pipeline.steps_per_epoch)
+                self.train_step(images[:own], labels[:own], whole)
+                self.step += 1
+                self._notice_warm_up(images.shape)
+                lost = signal.SIGPIPE if display.lost else None
+                self._after_step(display, stop.signal_number or lost)
 
     def _seed_network(self) -> None:
         """Dropout and stochastic depth draw from PyTorch's generators: a function of seed and step, as all else is."""
