@@ -76,7 +76,7 @@ def _print_fault(error: Exception, ranks: Ranks) -> None:
     if is_out_of_memory(error):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         print_error(
-            f"error: out of memory{ranks.name} ({reason}): use a smaller --batch-size, or a smaller --net"
+            f"error: out of memory{ranks.name} ({reason}): use a smaller --batch-size, or a smaller network"
         )
         return
     print_error(f"error: a fault of the program{ranks.name}:")

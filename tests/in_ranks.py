@@ -84,6 +84,15 @@ class Ranks:
         return ended
 
 
+def error_of(work: Callable[[], Any]) -> str:
+    """What the ValueError of `work` says; nothing without one. For functions that run in ranks."""
+    try:
+        work()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def open_store() -> distributed.TCPStore:
     """As torchrun has one, on a free port."""
     return distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -140,13 +140,14 @@ def evaluate_run(
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
     device = device or choose_device("auto")
     computed = evaluation_precision(precision, device)
-    task = _Task(config, len(entries), split, batch_size, computed.name, views)
+    members = [asdict(entry) for entry in entries]
+    task = _Task(config, members, split, batch_size, computed.name, views)
     ranks.from_first(lambda: asdict(task))
     part = _Part(task, folder, dataset, data, device, ranks, check_memory=check_memory)
     dataset = part.dataset
     start = time.perf_counter()
     labels_N = torch.from_numpy(choose_split(dataset, split, folder).labels).to(device)
-    metrics = measure_members(part.logits(entries, on_member), labels_N)
+    metrics = measure_members(part.logits(on_member), labels_N)
     return Report(
         run=folder.path.resolve().name,
         net=config["net"],
@@ -184,15 +185,18 @@ def assist_evaluation(
     task = _Task(**ranks.from_first(dict))
     device = device or choose_device("auto")
     part = _Part(task, folder, dataset, data, device, ranks, check_memory=check_memory)
-    part.logits([], None)
+    part.logits()
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What the first rank knows of the folder and tells the others; precision has no "auto"."""
+    """What the first rank knows of the folder and tells the others, JSON values; precision has no "auto".
+
+    members  fields of their SnapshotEntry
+    """
 
     config: dict[str, Any]
-    members: int
+    members: list[dict[str, Any]]
     split: str
     batch_size: int
     precision: str
@@ -221,8 +225,9 @@ class _Part:
         require_same_images({split: images}, config, str(folder.path))
         count = len(images.labels)
         if check_memory:
-            require_evaluation_memory(config, dataset, folder, device, task.batch_size, count, task.members)
-        self.task, self.folder, self.dataset, self.ranks, self.count = task, folder, dataset, ranks, count
+            members = len(task.members)
+            require_evaluation_memory(config, dataset, folder, device, task.batch_size, count, members)
+        self.task, self.folder, self.dataset, self.ranks = task, folder, dataset, ranks
         batches = -(-count // task.batch_size)
         parts = [part_of(batches, rank, ranks.count) for rank in range(ranks.count)]
         ends = [min(count, part.stop * task.batch_size) for part in parts]
@@ -254,10 +259,11 @@ class _Part:
             device=device,
         )
 
-    def logits(self, entries: Sequence[SnapshotEntry], on_member: OnMember | None) -> Tensor:
+    def logits(self, on_member: OnMember | None = None) -> Tensor:
         """Of all members for all images on the first rank, float32 [M, N, C]; on others, of its own images."""
         task, ranks = self.task, self.ranks
-        shape = task.members, self.counts[ranks.rank], len(self.dataset.classes)
+        entries = [SnapshotEntry(**fields) for fields in task.members]
+        shape = len(entries), self.counts[ranks.rank], len(self.dataset.classes)
         own_MNC = torch.empty(shape, dtype=torch.float32, device=self.device)
         fill_member_logits(
             *(own_MNC, self.network, self.folder, entries, self.pipeline),
@@ -270,7 +276,11 @@ class _Part:
         if ranks.count == 1:
             return own_MNC
         ranks.meet("all images are forwarded")
-        return torch.stack([ranks.collect(rows_NC, self.counts) for rows_NC in own_MNC])
+        # One member after the other: all at once would be in memory twice.
+        all_MNC = own_MNC.new_empty(shape[0], sum(self.counts) if ranks.is_first else shape[1], shape[2])
+        for whole_NC, own_NC in zip(all_MNC, own_MNC, strict=True):
+            whole_NC.copy_(ranks.collect(own_NC, self.counts))
+        return all_MNC
 
 
 @torch.inference_mode()
@@ -290,21 +300,21 @@ def fill_member_logits(
     """Fill `logits_MNC`, float32 on the network's device, with each snapshot's outputs for the images.
 
     The members run one after the other through `network`, whose weights they replace; each is forwarded once.
-    entries   of the members; of ranks, the first one reads them, and the others get the weights from it
+    entries   of the members, whose files only the first of the ranks reads; the others get the weights from it
     pipeline  over the images; None: there are none
     Raises RunError for a snapshot that is damaged, does not fit the network, or gives NaN or infinite logits.
     """
     ranks = ranks or Ranks()
-    for entry in entries:
+    for entry in entries if ranks.is_first else ():
         folder.load_snapshot(entry)  # a damaged last one should not be found only after minutes of computing
     network.eval()
     dtype = AUTOCAST_DTYPES.get(precision)
-    for index, logits_NC in enumerate(logits_MNC):
+    for entry, logits_NC in zip(entries, logits_MNC, strict=True):
+        if on_member:
+            on_member(entry)
         if ranks.is_first:
-            if on_member:
-                on_member(entries[index])
-            load_member(network, folder, entries[index])
-        ranks.meet(f"member {index + 1}")
+            load_member(network, folder, entry)
+        ranks.meet(f"snapshot {entry.number}")
         ranks.send(list(network.state_dict().values()))
         done = 0
         # Entered anew for each member: under no_grad, autocast would keep the first one's cast weights.
@@ -313,8 +323,9 @@ def fill_member_logits(
                 logits_NC[done : done + len(images)] = _logits(network, images, views, padding)
                 done += len(images)
         if not torch.isfinite(logits_NC).all():
-            which = f"{entries[index].number} ({entries[index].file})" if entries else f"number {index + 1}"
-            raise RunError(f"snapshot {which} gives NaN or infinite logits: leave it out")
+            raise RunError(
+                f"snapshot {entry.number} ({entry.file}) gives NaN or infinite logits: leave it out"
+            )
 
 
 def _logits(network: nn.Module, images: Tensor, views: str, padding: int) -> Tensor:

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from in_ranks import Ended, Ranks, in_ranks
+from in_ranks import Ended, Ranks, error_of, in_ranks
 from made_pictures import folder_of_pictures
 from small_run import small_run
 
 from fastsnap import agreement, ensemble_eval, train
+from fastsnap.data.archives import DataError
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.joining import join_ranks
 from fastsnap.training.trainer import Trainer
@@ -139,11 +141,21 @@ class Hanging(Halting):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-class Faulty(Halting):
+class Greedy(Halting):
     def do(self) -> None:
         raise RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         )
+
+
+class Faulty(Halting):
+    def do(self) -> None:
+        raise RuntimeError("nobody expected this")
+
+
+class Unreadable(Halting):
+    def do(self) -> None:
+        raise DataError("cat.jpg cannot be read any more")
 
 
 class Drifting(Halting):
@@ -159,24 +171,8 @@ def train_with(trainer: type[Trainer], arguments: list[str]) -> int:
     return train.main(arguments)
 
 
-def dying(arguments: list[str]) -> int:
-    return train_with(Dying, arguments)
-
-
-def hanging(arguments: list[str]) -> int:
-    return train_with(Hanging, arguments)
-
-
-def faulty(arguments: list[str]) -> int:
-    return train_with(Faulty, arguments)
-
-
-def drifting(arguments: list[str]) -> int:
-    return train_with(Drifting, arguments)
-
-
 def test_a_rank_that_is_killed_is_named_by_one_of_the_others(tmp_path: Path) -> None:
-    first, killed, third = run([[*SMALL, "--out", "run"]] * 3, tmp_path, dying)
+    first, killed, third = run([[*SMALL, "--out", "run"]] * 3, tmp_path, partial(train_with, Dying))
     assert killed.status == -signal.SIGKILL
     said = one_error([first, third])
     assert "lost rank 1 after step 10 of 92 (" in said
@@ -185,7 +181,7 @@ def test_a_rank_that_is_killed_is_named_by_one_of_the_others(tmp_path: Path) -> 
 
 def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
     arguments = [*SMALL, "--out", "run", "--timeout", "2"]
-    ranks = Ranks(hanging, [arguments] * 3, [tmp_path] * 3)
+    ranks = Ranks(partial(train_with, Hanging), [arguments] * 3, [tmp_path] * 3)
     for rank in (0, 2):
         ranks.processes[rank].join(60)
     ranks.processes[1].kill()  # as torchrun does with what does not listen
@@ -198,13 +194,28 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
 
 
 def test_lack_of_memory_on_one_rank_is_one_error(tmp_path: Path) -> None:
-    said = one_error(run([[*SMALL, "--out", "run"]] * 3, tmp_path, faulty))
+    said = one_error(run([[*SMALL, "--out", "run"]] * 3, tmp_path, partial(train_with, Greedy)))
     assert said.startswith("error: out of memory (rank 1 of 3, on ")
-    assert said.endswith("use a smaller --batch-size, or a smaller --net")
+    assert said.endswith("use a smaller --batch-size, or a smaller network")
+
+
+def test_pictures_that_one_rank_cannot_read_are_one_error(tmp_path: Path) -> None:
+    ended = run([[*SMALL, "--out", "run"]] * 3, tmp_path, partial(train_with, Unreadable))
+    assert one_error(ended).startswith("error: cat.jpg cannot be read any more (rank 1 of 3, on ")
+    assert ended[1].status == 2
+
+
+def test_a_fault_of_the_program_is_traced_once(tmp_path: Path) -> None:
+    ended = run([[*SMALL, "--out", "run"]] * 3, tmp_path, partial(train_with, Faulty))
+    assert [rank.status for rank in ended] == [1] * 3
+    assert ended[0].errors == ended[2].errors == ""
+    assert ended[1].errors.startswith("error: a fault of the program (rank 1 of 3, on ")
+    assert ended[1].errors.count("Traceback") == 1
+    assert ended[1].errors.endswith("RuntimeError: nobody expected this\n")
 
 
 def test_ranks_that_drift_apart_are_named_and_nothing_is_saved(tmp_path: Path) -> None:
-    said = one_error(run([[*SMALL, "--out", "run"]] * 3, tmp_path, drifting))
+    said = one_error(run([[*SMALL, "--out", "run"]] * 3, tmp_path, partial(train_with, Drifting)))
     assert "after step 23 rank 1 on " in said
     assert "has other parameters than rank 0 on " in said
     assert RunFolder(tmp_path / "run").load_checkpoint()[1]["step"] == 0
@@ -337,11 +348,8 @@ def test_plain_training_imports_nothing_of_it() -> None:
 
 def versions_differ(ranks) -> str:
     agreement.__version__ = f"9.0.{ranks.rank}"
-    try:
-        agreement.require_agreement(train.parse_arguments(SMALL)[0], RunFolder("run"), ranks, restart=False)
-    except ValueError as error:
-        return str(error)
-    return ""
+    config = train.parse_arguments(SMALL)[0]
+    return error_of(lambda: agreement.require_agreement(config, RunFolder("run"), ranks, restart=False))
 
 
 def test_other_versions_are_named() -> None:
@@ -355,11 +363,7 @@ def images_differ(ranks) -> str:
 
     dataset = small_dataset()
     dataset.test.labels[0] += ranks.rank
-    try:
-        agreement.require_same_data(dataset, ranks)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return error_of(lambda: agreement.require_same_data(dataset, ranks))
 
 
 def test_other_images_are_named() -> None:
