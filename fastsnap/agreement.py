@@ -12,6 +12,7 @@ from fastsnap.config import TrainConfig
 from fastsnap.data.archives import DataError
 from fastsnap.data.fingerprint import fingerprints
 from fastsnap.data.sources import Dataset
+from fastsnap.device import choose_device
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.training.ranks import Ranks
 
@@ -30,7 +31,8 @@ def require_agreement(config: TrainConfig, folder: RunFolder, ranks: Ranks, *, r
     versions = {"fastsnap": __version__, "torch": torch.__version__}
     _require_same(versions, ranks, RunError, "ranks must run the same versions: install those of rank 0")
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_A_HOST}
-    flags["restart"] = restart
+    # "auto" may mean a GPU on one host and none on another.
+    flags |= {"restart": restart, "device": choose_device(config.device).type}
     _require_same(flags, ranks, ValueError, "ranks must be started with the same flags")
     if config.batch_size < ranks.count:
         raise ValueError(

@@ -31,9 +31,8 @@ CHECKPOINT_SECONDS = 180.0  # most seconds between two checkpoints, for long epo
 WARM_UP_STEPS = 3  # left out of the estimated time: compilation and first allocations
 ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
 STEPS_PER_SEED = 2**40  # so that no step of one seed is a step of the next
-SEEDS_PER_RANK = (
-    0x9E3779B97F4A7C15  # odd, so that ranks have seeds of their own; rank 0 those of a single process
-)
+# Odd, so that ranks have seeds of their own; rank 0 has those of a single process.
+SEEDS_PER_RANK = 0x9E3779B97F4A7C15
 LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
 
 

@@ -358,6 +358,17 @@ def test_other_versions_are_named() -> None:
         assert "fastsnap: 9.0.1 there, 9.0.0 on rank 0" in said
 
 
+def devices_differ(ranks) -> str:
+    agreement.choose_device = lambda name: torch.device("cuda" if ranks.rank else "cpu")
+    config = train.parse_arguments(SMALL)[0]
+    return error_of(lambda: agreement.require_agreement(config, RunFolder("run"), ranks, restart=False))
+
+
+def test_hosts_with_and_without_gpus_are_named() -> None:
+    for said in in_ranks(devices_differ, 2):
+        assert "device: cuda there, cpu on rank 0" in said
+
+
 def images_differ(ranks) -> str:
     from small_run import small_dataset
 
