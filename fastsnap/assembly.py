@@ -21,13 +21,19 @@ from fastsnap.data.plan import Pipeline, largest_batch, training_steps
 from fastsnap.data.sources import Dataset, FileSet
 from fastsnap.device import choose_device, choose_precision, free_device_memory
 from fastsnap.ensemble.evaluate import BATCH_SIZE
+from fastsnap.ensemble.inputs import evaluation_precision
+from fastsnap.ensemble.loading import load_ensemble
+from fastsnap.ensemble.module import Ensemble
+from fastsnap.ensemble.teaching import EnsembleTeacher, digest_of, keeps, require_fitting
+from fastsnap.ensemble.validation import CycleValidation
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.limits import Room, choose_threads, parse_bytes, require_memory, usual_budget
 from fastsnap.nets.build import build_network, is_random
 from fastsnap.nets.initial import begin_with, classifier_names
 from fastsnap.nets.resnet import KERNEL_OPERATIONS, PLAIN_OPERATIONS
 from fastsnap.nets.weights import InitialWeights
-from fastsnap.run_folder import RunFolder
+from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.training.distillation import Distillation
 from fastsnap.training.exchange import Exchange
 from fastsnap.training.memory import (
     evaluation_needs,
@@ -40,6 +46,7 @@ from fastsnap.training.ranks import Ranks
 from fastsnap.training.step import TrainStep, choose_compile
 from fastsnap.training.trainer import Trainer
 from fastsnap.training.updates import build_optimizer
+from fastsnap.training.weight_average import WeightAverage
 
 
 def settle(config: TrainConfig, *, sharing: int = 1) -> TrainConfig:
@@ -54,6 +61,7 @@ def settle(config: TrainConfig, *, sharing: int = 1) -> TrainConfig:
         data=os.path.abspath(config.data),  # the run is evaluated from other folders too
         cache=config.cache and os.path.abspath(config.cache),
         initial=config.initial and os.path.abspath(config.initial),
+        teacher=config.teacher and os.path.abspath(config.teacher),
         precision=choose_precision(config.precision, device).name,
         compile=choose_compile(config.compile, device),
         threads=choose_threads(config.threads, sharing=sharing).count,
@@ -178,12 +186,42 @@ def begin_with_initial(
     return begin_with(trainer.network, initial, classifier_names(build, len(dataset.classes)))
 
 
+def load_teacher(config: TrainConfig, dataset: Dataset, saved: dict[str, Any]) -> Ensemble | None:
+    """The ensemble that the run learns from, where the networks of the run compute; None without one.
+
+    saved  config.json of the run that is there, if any
+    Raises ValueError for a teacher of other classes or images, and for another one than the run began with.
+    """
+    if saved and (config.teacher is None) != (saved.get("teacher") is None):
+        raise RunError(
+            f"{config.out} holds a run of another configuration (teacher: {config.teacher} asked for, "
+            f"{saved.get('teacher')} there). Choose another --out (make: OUT=...), or give the same --teacher"
+        )
+    if config.teacher is None:
+        return None
+    device = torch.device(config.device)
+    precision = evaluation_precision(config.precision, device).name
+    ensemble = load_ensemble(config.teacher, device=device, precision=precision, resident="all")
+    require_fitting(ensemble, dataset, config.teacher)
+    if saved and saved.get("teacher_sha256") != digest_of(ensemble):
+        raise RunError(
+            f"{config.out} holds a run of another configuration (teacher: {config.teacher} has other snapshots, weights "
+            "or another temperature than the run began with). Choose another --out (make: OUT=...)"
+        )
+    return ensemble
+
+
 def build_trainer(
-    config: TrainConfig, dataset: Dataset, folder: RunFolder, ranks: Ranks | None = None
+    config: TrainConfig,
+    dataset: Dataset,
+    folder: RunFolder,
+    ranks: Ranks | None = None,
+    teacher: Ensemble | None = None,
 ) -> Trainer:
     """A trainer at step 0. `config` has no "auto" left: see `settle`.
 
-    ranks  that train together; default: this process alone
+    ranks    that train together; default: this process alone
+    teacher  see load_teacher
     Raises ValueError for sync_batch_norm where it cannot be had.
     """
     ranks = ranks or Ranks()
@@ -215,18 +253,41 @@ def build_trainer(
     optimizer = build_optimizer(
         config.update, network, schedule, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    distillation = Distillation(config.teacher_temperature, config.teacher_weight) if teacher else None
     train_step = TrainStep(
         network,
         optimizer,
         device,
         precision=config.precision,
         compiled=config.compile == "on",
-        graphed=device.type == "cuda" and config.update == "fused" and ranks.count == 1,
+        graphed=device.type == "cuda" and config.update == "fused" and ranks.count == 1 and not teacher,
         exchange=Exchange(network, optimizer.flat, ranks) if ranks.count > 1 else None,
+        average=WeightAverage(optimizer.flat.data, config.ema) if config.ema else None,
+        distillation=distillation,
     )
     random_seed = config.seed if is_random(config.net, config.dropout) else None
     images = len(dataset.train.labels)
-    return Trainer(network, optimizer, train_step, pipeline, schedule, images, folder, random_seed, ranks)
+    return Trainer(
+        *(network, optimizer, train_step, pipeline, schedule, images, folder, random_seed, ranks),
+        validate=_validation(config, dataset, folder, ranks) if dataset.validation is not None else None,
+        teacher=_teacher(dataset, teacher, device) if teacher else None,
+    )
+
+
+def _validation(config: TrainConfig, dataset: Dataset, folder: RunFolder, ranks: Ranks) -> CycleValidation:
+    device = torch.device(config.device)
+    precision = evaluation_precision(config.precision, device).name
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "precision": precision, "ranks": ranks}
+    return CycleValidation(dataclasses.asdict(config), dataset, folder, device, **options)
+
+
+def _teacher(dataset: Dataset, ensemble: Ensemble, device: torch.device) -> EnsembleTeacher:
+    if not keeps(dataset):
+        return EnsembleTeacher(ensemble)
+    images = make_pipeline(
+        dataset.train, batch_size=BATCH_SIZE, mean=dataset.mean, std=dataset.std, device=device
+    )
+    return EnsembleTeacher(ensemble, images)
 
 
 def _require_sync_batch_norm(device: torch.device, pipeline: Pipeline, ranks: Ranks) -> None:
@@ -245,7 +306,11 @@ def _require_sync_batch_norm(device: torch.device, pipeline: Pipeline, ranks: Ra
 
 
 def describe(
-    config: TrainConfig, dataset: Dataset, initial: InitialWeights | None = None, ranks: int = 1
+    config: TrainConfig,
+    dataset: Dataset,
+    initial: InitialWeights | None = None,
+    ranks: int = 1,
+    teacher: Ensemble | None = None,
 ) -> dict[str, Any]:
     """config.json: the configuration, the data and the weights it began with, the number of ranks, and the versions."""
     images = {"train": len(dataset.train.labels), "test": len(dataset.test.labels)}
@@ -263,6 +328,7 @@ def describe(
         "background": None if dataset.background is None else list(dataset.background),
         "storage": dataset.storage,
         "initial_sha256": initial.sha256 if initial else None,
+        "teacher_sha256": digest_of(teacher) if teacher else None,
         "ranks": ranks,
         "data_source": dataset.source,
         "versions": {

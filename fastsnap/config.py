@@ -87,6 +87,26 @@ class TrainConfig:
         choices=AUGMENTATIONS,
         default=RECIPE,
     )
+    ema: float = _option(
+        "decay per update of a running average of the weights that is saved beside the snapshots, such as 0.999; 0: "
+        "none is kept",
+        default=0.0,
+    )
+    teacher: str | None = _option(
+        "run folder of an ensemble that this network learns from (distillation), as its ensemble.json decided "
+        "(default: none)",
+        default=None,
+    )
+    teacher_temperature: float = _option(
+        "at which the teacher's and the student's probabilities are compared, above 0", default=2.0
+    )
+    teacher_weight: float = _option(
+        "of the teacher's part of the loss, from 0 to 1; the labels have the rest", default=0.7
+    )
+    tensorboard: bool = _option(
+        "also write curves and pictures for TensorBoard into the run folder (pip install 'fastsnap[tensorboard]')",
+        default=False,
+    )
     momentum: float = _option("Nesterov momentum, from 0 up to below 1; 0 is plain SGD", default=0.9)
     weight_decay: float = _option("L2 penalty per update, on all parameters", default=1e-4)
     validation: int = _option(
@@ -164,6 +184,9 @@ class TrainConfig:
             "finite in fp32 and at least 0",
             lambda value: value >= 0 and _fp32(value) < math.inf,
         )
+        _require(self, "ema", "at least 0 and below 1", lambda value: 0 <= value < 1)
+        _require(self, "teacher_temperature", "from 0.01 to 1,000", lambda value: 0.01 <= value <= 1000)
+        _require(self, "teacher_weight", "from 0 to 1", lambda value: 0 <= value <= 1)
         _require(self, "validation", f"from 0 to {LARGEST}", lambda value: 0 <= value <= LARGEST)
         _require(self, "timeout", "finite and above 0", lambda value: 0 < value < math.inf)
         _require(self, "image_size", "from 8 to 4096", lambda value: 8 <= value <= 4096)
@@ -252,12 +275,15 @@ def _require(config: TrainConfig, name: str, condition: str, holds: Any) -> None
 # Where the files lie does not change the result, and threads only its last bits, which a resumed run says. The initial
 # weights are compared by their hash. All
 # else is another run.
-FREE_FIELDS = ("data", "out", "threads", "memory", "cache", "initial", "timeout")
+FREE_FIELDS = ("data", "out", "threads", "memory", "cache", "initial", "teacher", "timeout", "tensorboard")
 # What came after version 0.1.0, and what it means for a run that knows nothing of it.
 ADDED_FIELDS: dict[str, Any] = {
     "augment": "crop",
     "stem_stride": 1,
     "dropout": 0.0,
+    "ema": 0.0,
+    "teacher_temperature": 2.0,
+    "teacher_weight": 0.7,
     "image_size": None,
     "skip_damaged": False,
     "sync_batch_norm": False,

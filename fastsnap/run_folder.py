@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fastsnap.run_files import (
     remove_temporary,
     write_atomically,
 )
-from fastsnap.run_schema import MOST_BYTES, SnapshotEntry
+from fastsnap.run_schema import MOST_BYTES, Manifest, SnapshotEntry
 from fastsnap.snapshot import snapshot_content
 
 RUNS = Path("runs")
@@ -45,7 +45,7 @@ CONFIG, MANIFEST, METRICS, CHECKPOINT = (
 )
 SNAPSHOTS = "snapshots"
 RESULTS = (MANIFEST, CHECKPOINT, METRICS, SNAPSHOTS)  # what training made, and only training can make again
-EVALUATION = ("ensemble*.json", "error-against-m*.png", "training.png")
+EVALUATION = ("ensemble*.json", "error-against-m*.png", "training.png", "tensorboard")
 
 
 class DamagedSnapshot(RunError):
@@ -82,6 +82,15 @@ class RunFolder:
 
         Raises RunError if the manifest is damaged, or missing although there are snapshots.
         """
+        return self._manifest().snapshots
+
+    def average(self) -> SnapshotEntry | None:
+        """The running average of the weights, to be loaded as a snapshot is; its number is that of the snapshot that
+        was saved with it. None in a run that keeps none. Raises as `snapshots` does.
+        """
+        return self._manifest().average
+
+    def _manifest(self) -> Manifest:
         content = self._read(MANIFEST)
         if content is not None:
             place = str(self.path / MANIFEST)
@@ -93,7 +102,7 @@ class RunFolder:
                 "back. Without it nobody can tell whether they are what was trained; to train again, moving them "
                 "aside, add --restart to the training command"
             )
-        return []
+        return Manifest([])
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a crash cut short is left out. Raises RunError for others."""
@@ -180,8 +189,12 @@ class RunFolder:
         epoch: int,
         learning_rate: float,
         train_loss: float,
+        average: Mapping[str, Tensor] | None = None,
     ) -> SnapshotEntry:
-        """Save a network's state_dict as the snapshot of `cycle` (from 1) and enter it in the manifest."""
+        """Save a network's state_dict as the snapshot of `cycle` (from 1) and enter it in the manifest.
+
+        average  a state_dict that is saved beside it, in the place of the last one
+        """
         content = snapshot_content(state)
         entry = SnapshotEntry(
             number=cycle,
@@ -197,8 +210,25 @@ class RunFolder:
         if not self.has(MANIFEST):
             self._write_manifest([])  # from now on, a manifest that is missing was removed
         self._write(entry.file, content)
-        self._write_manifest([*earlier, entry])
+        averaged = None
+        if average is not None:
+            averaged = self._save_average(average, entry)
+        self._write_manifest([*earlier, entry], averaged)
+        if averaged is not None:
+            self._remove_averages(averaged)
         return entry
+
+    def _save_average(self, state: Mapping[str, Tensor], entry: SnapshotEntry) -> SnapshotEntry:
+        """Under a name of its own, so that the manifest's hash is never of another file."""
+        content = snapshot_content(state)
+        file = f"{SNAPSHOTS}/average-{entry.number:02d}.safetensors"
+        self._write(file, content)
+        return replace(entry, file=file, sha256=hashlib.sha256(content).hexdigest())
+
+    def _remove_averages(self, kept: SnapshotEntry) -> None:
+        for file in (self.path / SNAPSHOTS).glob("average-*.safetensors"):
+            if file != self.path / kept.file:
+                file.unlink(missing_ok=True)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -227,15 +257,17 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop snapshots and metrics later than `step`: a run resumed there makes them again."""
         kept = [entry for entry in self.snapshots() if entry.step <= step]
+        average = self.average()
         if len(kept) < len(self.snapshots()):
-            self._write_manifest(kept)
+            self._write_manifest(kept, average if average and average.step <= step else None)
         records = self.metrics()
         lines = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
         if self.has(METRICS):
             self._write(METRICS, lines.encode())
 
-    def _write_manifest(self, entries: list[SnapshotEntry]) -> None:
-        self.write_json(MANIFEST, {"snapshots": [asdict(entry) for entry in entries]})
+    def _write_manifest(self, entries: list[SnapshotEntry], average: SnapshotEntry | None = None) -> None:
+        averages = {} if average is None else {"average": asdict(average)}
+        self.write_json(MANIFEST, {"snapshots": [asdict(entry) for entry in entries]} | averages)
 
     def _write(self, name: str, content: bytes) -> None:
         self._require_held()

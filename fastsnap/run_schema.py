@@ -83,6 +83,11 @@ class Config:
     storage: Literal["arrays", "files"] | None = None  # of a folder of pictures
     stem_stride: Count | None = None
     dropout: Number | None = None
+    ema: Number | None = None
+    teacher: Text | None = None  # run folder of the ensemble that was learned from
+    teacher_sha256: Sha256 | None = None
+    teacher_temperature: Rate | None = None
+    teacher_weight: Number | None = None
     initial: Text | None = None
     initial_sha256: Sha256 | None = None
     class_names: list[Text] | None = None
@@ -135,9 +140,13 @@ class SnapshotEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json."""
+    """manifest.json.
+
+    average  of a run that keeps one: the running average of the weights when the snapshot of this number was saved
+    """
 
     snapshots: list[SnapshotEntry]
+    average: SnapshotEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,12 @@ class MetricsRecord:
     epoch: Count
     cycle: Count | None = None
     lr: Number | None = None
-    train_error: Number | None = None
+    train_error: Number | None = None  # errors in percent, losses in nats
+    # Of the held-out images, in an epoch in which a cycle ended: of the fresh snapshot, and of all so far together.
+    validation_error: Number | None = None
+    validation_loss: Number | None = None
+    ensemble_error: Number | None = None
+    ensemble_loss: Number | None = None
     images_per_second: Number | None = None
     seconds: Number | None = None
 
@@ -259,13 +273,16 @@ def planned_steps(config: dict[str, Any]) -> int:
     return config["epochs"] * -(-config["images"]["train"] // config["batch_size"])
 
 
-def check_manifest(value: Any, folder: Path, place: str) -> list[SnapshotEntry]:
-    """The manifest's entries: numbers and steps ascend, and each file is its own and lies within `folder`."""
-    entries = check(value, Manifest, place).snapshots
+def check_manifest(value: Any, folder: Path, place: str) -> Manifest:
+    """The manifest: numbers and steps ascend, and each file is its own and lies within `folder`."""
+    manifest = check(value, Manifest, place)
+    entries = manifest.snapshots
     check_order([entry.number for entry in entries], "number", place)
     check_order([entry.step for entry in entries], "step", place)
     files: set[Path] = set()
-    for index, entry in enumerate(entries):
+    average = {} if manifest.average is None else {"average": manifest.average}
+    named = {f"snapshots[{index}]": entry for index, entry in enumerate(entries)} | average
+    for name, entry in named.items():
         try:
             require_inside(folder, entry.file)
             file = (folder / entry.file).resolve()
@@ -273,10 +290,10 @@ def check_manifest(value: Any, folder: Path, place: str) -> list[SnapshotEntry]:
                 raise ValueError("is another snapshot's")
         except (ValueError, OSError) as error:
             raise RunError(
-                f"{place} is damaged: snapshots[{index}].file: {_shortened(entry.file)} {error}; put back a copy of it"
+                f"{place} is damaged: {name}.file: {_shortened(entry.file)} {error}; put back a copy of it"
             ) from error
         files.add(file)
-    return entries
+    return manifest
 
 
 def check_metrics(content: bytes, place: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from fastsnap.waiting import spin_shortly
 if __name__ == "__main__":
     spin_shortly()
 
+import contextlib
 import signal
 import sys
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from fastsnap.assembly import (
     build_trainer,
     describe,
     load_data,
+    load_teacher,
     network_options,
     planned_steps,
     reasons_of,
@@ -39,6 +41,7 @@ from fastsnap.data.sources import Dataset
 from fastsnap.device import choose_device, take_gpu
 from fastsnap.ensemble.evaluate import assist_evaluation
 from fastsnap.ensemble.report import report_run
+from fastsnap.ensemble.teaching import EnsembleTeacher
 from fastsnap.limits import format_bytes
 from fastsnap.nets import names
 from fastsnap.nets.build import SHORTENS
@@ -53,6 +56,7 @@ from fastsnap.training.exchange import running_statistics
 from fastsnap.training.progress import ProgressDisplay
 from fastsnap.training.ranks import Ranks
 from fastsnap.training.stopping import TrainingStopped, stop_signals_raised
+from fastsnap.training.tensorboard import TensorBoard, require_tensorboard
 from fastsnap.training.trainer import Trainer
 
 RESTARTED = "--restart is done"
@@ -68,6 +72,8 @@ def train(
     Raises ValueError for anything that cannot be done as asked, TrainingStopped after SIGTERM or Ctrl-C, and RanksLost.
     """
     folder, ranks = RunFolder(config.out), ranks or Ranks()
+    if config.tensorboard:
+        require_tensorboard()
     take_gpu(choose_device(config.device), ranks.local_rank, ranks.local_count)
     require_agreement(config, folder, ranks, restart=restart)
     # What torchrun starts again is not to begin anew a second time.
@@ -80,7 +86,10 @@ def train(
     torch.set_num_threads(config.threads or 1)
     dataset = _load_data(config, told["saved"], console, ranks)
     config = as_first(config, ranks.from_first(lambda: asdict(settle_loader(config, dataset))))
-    if ranks.from_first(lambda: restart or not is_finished(folder, planned_steps(config, dataset))):
+    unfinished = ranks.from_first(lambda: restart or not is_finished(folder, planned_steps(config, dataset)))
+    # A finished run needs its teacher no more, which may be gone.
+    teacher = load_teacher(config, dataset, told["saved"]) if unfinished else None
+    if unfinished:
         require_room(config, dataset, folder, ranks, restart=restart)
     # Of a run that has weights of its own, those that it began with may be gone.
     begins = ranks.is_first and (restart or not folder.bytes_of_tensors())
@@ -88,7 +97,7 @@ def train(
     lock = folder.locked(lambda text: print_line(console, text)) if ranks.is_first else nullcontext()
     with lock:
         # First: what cannot be begun must not move a run aside.
-        trainer = build_trainer(config, dataset, folder, ranks)
+        trainer = build_trainer(config, dataset, folder, ranks, teacher)
         if ranks.is_first:
             began = begin_with_initial(config, dataset, trainer, initial) if initial else ""
             if restart:
@@ -103,7 +112,7 @@ def train(
             if began:
                 print_line(console, f"initial   {began}")
             if not folder.exists():
-                folder.write_json("config.json", describe(config, dataset, initial, ranks.count))
+                folder.write_json("config.json", describe(config, dataset, initial, ranks.count, teacher))
         resumed = trainer.resume()
         if trainer.step == trainer.schedule.steps:
             print_line(console, f"this run is finished: {folder.path}")
@@ -112,7 +121,12 @@ def train(
             epoch = trainer.step // trainer.pipeline.steps_per_epoch
             print_line(console, f"going on after step {trainer.step:,} (epoch {epoch:,} done): {folder.path}")
             _print_changes(console, folder.config(), trainer)
-        with ProgressDisplay(console, trainer.step, trainer.schedule.steps) as display:
+        board = TensorBoard(folder.path, trainer.step) if config.tensorboard and ranks.is_first else None
+        with (
+            contextlib.closing(board) if board else nullcontext(),
+            ProgressDisplay(console, trainer.step, trainer.schedule.steps) as display,
+        ):
+            trainer.on_record = board.add if board else trainer.on_record
             trainer.run(display)
     return folder, dataset
 
@@ -217,6 +231,14 @@ def _print_summary(
     remark = names.note(config.net, dataset.train.shape[:2])
     if remark:
         rows["net"] += f"; {remark}"
+    if isinstance(trainer.teacher, EnsembleTeacher):
+        said = "its probabilities are kept" if trainer.teacher.kept else "each batch passes through it"
+        rows["teacher"] = (
+            f"{config.teacher}: {trainer.teacher}; {said}; weight {config.teacher_weight}, temperature "
+            f"{config.teacher_temperature}"
+        )
+    if trainer.validate is not None:
+        rows["data"] += "; each snapshot is evaluated on those held out"
     for name, text in rows.items():
         print_line(console, f"{name:9s} {text}")
 

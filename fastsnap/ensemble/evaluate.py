@@ -1,37 +1,23 @@
 """Evaluating a run: each member forwarded once over a split, every ensemble from the logits kept."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fastsnap.data.datasets import Dataset
-from fastsnap.data.fingerprint import require_same_images
-from fastsnap.data.pipeline import make_pipeline, require_batch_size
-from fastsnap.data.plan import Pipeline, part_of
-from fastsnap.data.sources import FileSet, Source
-from fastsnap.device import AUTOCAST_DTYPES, choose_device
-from fastsnap.ensemble.inputs import (
-    choose_snapshots,
-    choose_split,
-    evaluation_precision,
-    load_data,
-    network_of,
-    require_evaluation_memory,
-    require_known_network,
-)
+from fastsnap.device import choose_device
+from fastsnap.ensemble.forwards import Forwards, OnMember, Passes
+from fastsnap.ensemble.inputs import choose_snapshots, evaluation_precision, require_known_network
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
-from fastsnap.ensemble.views import ONE, TEN_CROP, CornerFiles, average_views, require_views, views_of
-from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.ensemble.views import ONE
+from fastsnap.run_folder import RunFolder
 from fastsnap.run_schema import SnapshotEntry, check_plan
-from fastsnap.snapshot import load_plain
 from fastsnap.training.ranks import Ranks
 
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
-OnMember = Callable[[SnapshotEntry], None]
 
 
 @dataclass(frozen=True)
@@ -140,14 +126,16 @@ def evaluate_run(
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
     device = device or choose_device("auto")
     computed = evaluation_precision(precision, device)
-    members = [asdict(entry) for entry in entries]
-    task = _Task(config, members, split, batch_size, computed.name, views)
+    task = Passes.of(
+        config, entries, split=split, batch_size=batch_size, precision=computed.name, views=views
+    )
     ranks.from_first(lambda: asdict(task))
-    part = _Part(task, folder, dataset, data, device, ranks, check_memory=check_memory)
+    part = Forwards(task, folder, dataset, data, device, ranks, check_memory=check_memory)
     dataset = part.dataset
     start = time.perf_counter()
-    labels_N = torch.from_numpy(choose_split(dataset, split, folder).labels).to(device)
-    metrics = measure_members(part.logits(on_member), labels_N)
+    labels_N = part.labels
+    metrics = measure_members(part.logits(entries, on_member), labels_N)
+    ranks.from_first(dict)
     return Report(
         run=folder.path.resolve().name,
         net=config["net"],
@@ -182,164 +170,9 @@ def assist_evaluation(
     folder  for the words of errors: it is not read
     All else as in evaluate_run. Raises RanksLost, and what evaluate_run raises for data and memory.
     """
-    task = _Task(**ranks.from_first(dict))
     device = device or choose_device("auto")
-    part = _Part(task, folder, dataset, data, device, ranks, check_memory=check_memory)
-    part.logits()
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What the first rank knows of the folder and tells the others, JSON values; precision has no "auto".
-
-    members  fields of their SnapshotEntry
-    """
-
-    config: dict[str, Any]
-    members: list[dict[str, Any]]
-    split: str
-    batch_size: int
-    precision: str
-    views: str
-
-
-class _Part:
-    """A rank's part of an evaluation: batches in a row, the same as of a process that has them all."""
-
-    def __init__(
-        self,
-        task: _Task,
-        folder: RunFolder,
-        dataset: Dataset | None,
-        data: str | None,
-        device: torch.device,
-        ranks: Ranks,
-        *,
-        check_memory: bool,
-    ) -> None:
-        require_batch_size(task.batch_size)
-        config, split = task.config, task.split
-        dataset = dataset or load_data(config, data, folder)
-        require_views(task.views, dataset.augmentation)
-        images = choose_split(dataset, split, folder)
-        require_same_images({split: images}, config, str(folder.path))
-        count = len(images.labels)
-        if check_memory:
-            members = len(task.members)
-            require_evaluation_memory(config, dataset, folder, device, task.batch_size, count, members)
-        self.task, self.folder, self.dataset, self.ranks = task, folder, dataset, ranks
-        batches = -(-count // task.batch_size)
-        parts = [part_of(batches, rank, ranks.count) for rank in range(ranks.count)]
-        ends = [min(count, part.stop * task.batch_size) for part in parts]
-        starts = [0, *ends[:-1]]
-        self.counts = [end - start for start, end in zip(starts, ends, strict=True)]
-        own = slice(starts[ranks.rank], ends[ranks.rank])
-        network = network_of(config, folder, dataset.test.shape, len(dataset.classes))
-        self.network = network.to(memory_format=torch.channels_last).to(device)
-        self.pipeline = self._pipeline(images, own, data, device) if own.stop > own.start else None
-        self.device = device
-
-    def _pipeline(self, images: Source, own: slice, data: str | None, device: torch.device) -> Pipeline:
-        """Over the rank's images of the split; of resized crops, with their corners where those are asked for."""
-        task, dataset = self.task, self.dataset
-        if task.views == TEN_CROP and dataset.augmentation.kind == "resized-crop":
-            of_files = load_data(task.config, data, self.folder, storage="files")
-            files = choose_split(of_files, task.split, self.folder)
-            if not isinstance(files, FileSet):
-                raise RunError(
-                    "--ten-crop of resized crops needs the files of the images, which this data set has not"
-                )
-            threads = torch.get_num_threads()
-            return CornerFiles(files.part(own), task.batch_size, dataset.mean, dataset.std, device, threads)
-        return make_pipeline(
-            images.part(own),
-            batch_size=task.batch_size,
-            mean=dataset.mean,
-            std=dataset.std,
-            device=device,
-        )
-
-    def logits(self, on_member: OnMember | None = None) -> Tensor:
-        """Of all members for all images on the first rank, float32 [M, N, C]; on others, of its own images."""
-        task, ranks = self.task, self.ranks
-        entries = [SnapshotEntry(**fields) for fields in task.members]
-        shape = len(entries), self.counts[ranks.rank], len(self.dataset.classes)
-        own_MNC = torch.empty(shape, dtype=torch.float32, device=self.device)
-        fill_member_logits(
-            *(own_MNC, self.network, self.folder, entries, self.pipeline),
-            precision=task.precision,
-            views=task.views,
-            padding=self.dataset.augmentation.padding,
-            on_member=on_member,
-            ranks=ranks,
-        )
-        if ranks.count == 1:
-            return own_MNC
-        ranks.meet("all images are forwarded")
-        # One member after the other: all at once would be in memory twice.
-        all_MNC = own_MNC.new_empty(shape[0], sum(self.counts) if ranks.is_first else shape[1], shape[2])
-        for whole_NC, own_NC in zip(all_MNC, own_MNC, strict=True):
-            whole_NC.copy_(ranks.collect(own_NC, self.counts))
-        return all_MNC
-
-
-@torch.inference_mode()
-def fill_member_logits(
-    logits_MNC: Tensor,
-    network: nn.Module,
-    folder: RunFolder,
-    entries: Sequence[SnapshotEntry],
-    pipeline: Pipeline | None,
-    *,
-    precision: str = "fp32",
-    views: str = ONE,
-    padding: int = 0,
-    on_member: OnMember | None = None,
-    ranks: Ranks | None = None,
-) -> None:
-    """Fill `logits_MNC`, float32 on the network's device, with each snapshot's outputs for the images.
-
-    The members run one after the other through `network`, whose weights they replace; each is forwarded once.
-    entries   of the members, whose files only the first of the ranks reads; the others get the weights from it
-    pipeline  over the images; None: there are none
-    Raises RunError for a snapshot that is damaged, does not fit the network, or gives NaN or infinite logits.
-    """
-    ranks = ranks or Ranks()
-    for entry in entries if ranks.is_first else ():
-        folder.load_snapshot(entry)  # a damaged last one should not be found only after minutes of computing
-    network.eval()
-    dtype = AUTOCAST_DTYPES.get(precision)
-    for entry, logits_NC in zip(entries, logits_MNC, strict=True):
-        if on_member:
-            on_member(entry)
-        if ranks.is_first:
-            load_member(network, folder, entry)
-        ranks.meet(f"snapshot {entry.number}")
-        ranks.send(list(network.state_dict().values()))
-        done = 0
-        # Entered anew for each member: under no_grad, autocast would keep the first one's cast weights.
-        with torch.autocast(logits_NC.device.type, dtype, enabled=dtype is not None):
-            for images, _ in pipeline.epoch(0) if pipeline else ():
-                logits_NC[done : done + len(images)] = _logits(network, images, views, padding)
-                done += len(images)
-        if not torch.isfinite(logits_NC).all():
-            raise RunError(
-                f"snapshot {entry.number} ({entry.file}) gives NaN or infinite logits: leave it out"
-            )
-
-
-def _logits(network: nn.Module, images: Tensor, views: str, padding: int) -> Tensor:
-    if views == ONE:
-        return network(images)
-    return average_views(network(view) for view in views_of(views, images, padding))
-
-
-def load_member(network: nn.Module, folder: RunFolder, entry: SnapshotEntry) -> None:
-    """Load a snapshot into `network`. Raises RunError for one that is damaged or does not fit."""
-    try:
-        load_plain(network, folder.load_snapshot(entry))
-    except RuntimeError as error:
-        raise RunError(
-            f"snapshot {entry.number} ({entry.file}) does not fit the net of "
-            f"{folder.path / 'config.json'}: {' '.join(str(error).split())}"
-        ) from error
+    while told := ranks.from_first(dict[str, Any]):
+        task = Passes(**told)
+        part = Forwards(task, folder, dataset, data, device, ranks, check_memory=check_memory)
+        part.logits(task.entries)
+        dataset = part.dataset

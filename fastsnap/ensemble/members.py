@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsnap.device import free_device_memory
-from fastsnap.ensemble.evaluate import load_member
+from fastsnap.ensemble.forwards import load_member
 from fastsnap.limits import format_bytes
 from fastsnap.run_folder import RunFolder
 from fastsnap.run_schema import SnapshotEntry

@@ -128,14 +128,18 @@ class Ensemble(nn.Module):
         inputs = normalised.permute(0, 3, 1, 2).to(next(self.networks.network.parameters()).dtype)
         if not torch.compiler.is_compiling() and not len(pixels):
             return normalised.new_empty((len(self.members), 0, len(self.classes)))
+        return self.logits_of_inputs(inputs)
+
+    def logits_of_inputs(self, inputs: Tensor) -> Tensor:
+        """Logits float32 [M, N, classes] of images that are normalised already: [N, C, H, W], of the networks' type."""
         dtype = AUTOCAST_DTYPES.get(self.precision)
         logits = []
         for index in range(len(self.members)):
             # Entered anew for each member: autocast would keep the weights that it cast for another.
             with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
                 output = self.networks.take(index)(inputs)
-            # Not len(pixels): it would be a constant in an exported graph.
-            logits.append(logits_of(output, pixels.shape[0], len(self.classes)))
+            # Not len(inputs): it would be a constant in an exported graph.
+            logits.append(logits_of(output, inputs.shape[0], len(self.classes)))
         return torch.stack(logits)
 
     def _pixels(self, images: Images) -> Tensor:

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastsnap.device import AUTOCAST_DTYPES
-from fastsnap.ensemble.evaluate import Report, load_member
+from fastsnap.ensemble.evaluate import Report
+from fastsnap.ensemble.forwards import load_member
 from fastsnap.ensemble.inputs import SPLITS, choose_snapshots, evaluation_precision
 from fastsnap.ensemble.metrics import measure_members
 from fastsnap.ensemble.report import publish

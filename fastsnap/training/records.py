@@ -41,8 +41,17 @@ class Records:
 
     # -- saving
 
-    def save_snapshot(self, state: Mapping[str, Tensor], step: int, train_loss: float) -> SnapshotEntry:
-        """Save a network's state_dict as it is after `step` updates, which end a cycle."""
+    def save_snapshot(
+        self,
+        state: Mapping[str, Tensor],
+        step: int,
+        train_loss: float,
+        average: Mapping[str, Tensor] | None = None,
+    ) -> SnapshotEntry:
+        """Save a network's state_dict as it is after `step` updates, which end a cycle.
+
+        average  the state_dict of the running average of the weights, which replaces the last one
+        """
         return self.folder.save_snapshot(
             state,
             step=step,
@@ -50,12 +59,15 @@ class Records:
             epoch=self.epoch(step),
             learning_rate=self.schedule.rate(step - 1),
             train_loss=train_loss,
+            average=average,
         )
 
-    def end_epoch(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add a line of `figures`, run_schema.MetricsRecord's, to the metrics."""
+    def end_epoch(self, step: int, figures: Mapping[str, float]) -> dict[str, Any]:
+        """Add a line of `figures`, run_schema.MetricsRecord's, to the metrics; returns the line."""
         place = {"step": step, "epoch": self.epoch(step), "cycle": self.cycle(step)}
-        self.folder.append_metrics(place | {"lr": self.schedule.rate(step - 1)} | dict(figures))
+        record = place | {"lr": self.schedule.rate(step - 1)} | dict(figures)
+        self.folder.append_metrics(record)
+        return record
 
     def save_checkpoint(self, tensors: dict[str, Tensor], step: int, state: Mapping[str, Any]) -> None:
         """Save everything that the rest of the run depends on: see run_schema.CheckpointState."""

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastsnap.device import AUTOCAST_DTYPES
+from fastsnap.training.distillation import Distillation
 from fastsnap.training.exchange import Exchange
+from fastsnap.training.weight_average import WeightAverage
 
 COMPILE = ("auto", "on", "off")
 EAGER_STEPS = 3  # before a CUDA graph is captured: cuDNN, the compiler and the allocator settle in them
@@ -27,6 +29,9 @@ class TrainStep:
     compiled     whether the forward and backward passes go through torch.compile
     graphed      whether to capture the step in a CUDA graph; batches of another size than the first still run eagerly
     exchange     of a rank among several: each trains on its part of a batch. Not graphed
+    average      of the weights, brought up to date after each step
+    distillation  whose loss takes the place of the labels' cross-entropy; each step is then given what the teacher says.
+                  Not graphed
 
     totals       float64 [2] on the device, of this rank: sum of losses, number of errors
     """
@@ -41,6 +46,8 @@ class TrainStep:
         compiled: bool,
         graphed: bool,
         exchange: Exchange | None = None,
+        average: WeightAverage | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         self.forward: Callable[[Tensor], Tensor] = (
             # Not dynamic: after a last, partial batch full ones would go through another graph, with other roundings.
@@ -51,19 +58,23 @@ class TrainStep:
         self.autocast_dtype = AUTOCAST_DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)
-        self.graphed, self.exchange = graphed, exchange
+        self.graphed, self.exchange, self.average = graphed, exchange, average
+        self.distillation = distillation
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps = 0
 
-    def __call__(self, images: Tensor, labels: Tensor, whole: int | None = None) -> None:
+    def __call__(
+        self, images: Tensor, labels: Tensor, whole: int | None = None, teacher: Tensor | None = None
+    ) -> None:
         """Train on images [B, C, H, W], float32, channels-last, and labels [B], int64.
 
         whole  images of the batch, of which these are the rank's part, which may be empty; default: these are all
+        teacher  its log-probabilities for these, float32 [B, classes], of a step with a distillation
         """
         if self.exchange is not None:
-            self._step_of_a_rank(images, labels, whole or len(labels), self.exchange)
+            self._step_of_a_rank(images, labels, whole or len(labels), self.exchange, teacher)
         elif not self.graphed:
-            self._step(images, labels)
+            self._step(images, labels, teacher)
         elif self._graph is not None and images.shape == self._images.shape:
             self._replay(images, labels)
         elif self._graph is None and self._eager_steps >= EAGER_STEPS:
@@ -72,18 +83,20 @@ class TrainStep:
         else:
             self._step_on_side_stream(images, labels)
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
+    def _step(self, images: Tensor, labels: Tensor, teacher: Tensor | None = None) -> None:
         logits = self._logits(images)
-        loss = functional.cross_entropy(logits, labels)
+        loss = self._loss(logits, labels, teacher, "mean")
         self.scaler.scale(loss).backward()
         self._update()
         self._count(loss, logits, labels, len(labels))
 
-    def _step_of_a_rank(self, images: Tensor, labels: Tensor, whole: int, exchange: Exchange) -> None:
+    def _step_of_a_rank(
+        self, images: Tensor, labels: Tensor, whole: int, exchange: Exchange, teacher: Tensor | None
+    ) -> None:
         """The gradients of all ranks together are those of the mean loss over the `whole` batch."""
         if len(labels):
             logits = self._logits(images)
-            loss = functional.cross_entropy(logits, labels, reduction="sum") / whole
+            loss = self._loss(logits, labels, teacher, "sum") / whole
             self.scaler.scale(loss).backward()
             self._count(loss, logits, labels, whole)
         else:
@@ -101,10 +114,19 @@ class TrainStep:
             logits = self.forward(images)
         return logits.float()
 
+    def _loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None, reduction: str) -> Tensor:
+        if self.distillation is not None:
+            if teacher is None:
+                raise ValueError("a step with a distillation needs what the teacher says: teacher=...")
+            return self.distillation.loss(logits, labels, teacher, reduction)
+        return functional.cross_entropy(logits, labels, reduction=reduction)
+
     def _update(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, images: int) -> None:
         """`loss` is a sum over labels, divided by `images`."""

@@ -5,7 +5,8 @@ import math
 import signal
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from fastsnap.data.archives import DataError
 from fastsnap.data.plan import Pipeline
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.run_folder import RunError, RunFolder
+from fastsnap.run_schema import SnapshotEntry
 from fastsnap.training.apex import ApexSGD
+from fastsnap.training.distillation import Teacher
 from fastsnap.training.exchange import running_statistics
 from fastsnap.training.optim import SnapshotSGD
 from fastsnap.training.pace import Pace
@@ -33,7 +36,13 @@ ESTIMATE_STEPS = 5  # steps after them from which the time is estimated
 STEPS_PER_SEED = 2**40  # so that no step of one seed is a step of the next
 # Odd, so that ranks have seeds of their own; rank 0 has those of a single process.
 SEEDS_PER_RANK = 0x9E3779B97F4A7C15
+Validate = Callable[[Sequence[SnapshotEntry]], dict[str, float]]
+OnRecord = Callable[[dict[str, Any]], None]
 LONG_RUN_SECONDS = 1200.0  # a longer estimate comes with the variables that shorten it
+
+
+def _ignored(record: dict[str, Any]) -> None:
+    """Of a line of metrics, where nobody asks for it."""
 
 
 @dataclass
@@ -56,6 +65,9 @@ class Trainer:
     random_seed  of what a step draws within the network; None: it draws nothing
     ranks      that train together, each with a trainer of its own; they do the same steps, and the first one writes.
                Whatever depends on time or on a signal is agreed on
+    validate   figures of all snapshots so far, for the metrics of an epoch in which a cycle ended
+    teacher    of a train_step with a distillation: what it says of each batch
+    on_record  is given each line of metrics.jsonl that is written
     """
 
     def __init__(
@@ -69,7 +81,13 @@ class Trainer:
         folder: RunFolder,
         random_seed: int | None = None,
         ranks: Ranks | None = None,
+        *,
+        validate: Validate | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
+        self.teacher = teacher
+        self.validate = validate
+        self.on_record: OnRecord = _ignored
         self.network, self.optimizer, self.train_step = network, optimizer, train_step
         self.pipeline, self.schedule, self.images, self.folder = pipeline, schedule, images, folder
         self.records = Records(folder, schedule, pipeline.steps_per_epoch)
@@ -125,11 +143,18 @@ class Trainer:
             for images, labels in self.pipeline.epoch(*divmod(self.step, self.pipeline.steps_per_epoch)):
                 self._seed_network()
                 own, whole = self.pipeline.plan.share(self.step % self.pipeline.steps_per_epoch)
-                self.train_step(images[:own], labels[:own], whole)
+                self.train_step(images[:own], labels[:own], whole, self._taught(images[:own]))
                 self.step += 1
                 self._notice_warm_up(images.shape)
                 lost = signal.SIGPIPE if display.lost else None
                 self._after_step(display, stop.signal_number or lost)
+
+    def _taught(self, images: Tensor) -> Tensor | None:
+        """What the teacher says of this rank's images of the batch, if there is one."""
+        if self.teacher is None or not len(images):
+            return None
+        batch = self.pipeline.plan.batch(*divmod(self.step, self.pipeline.steps_per_epoch))
+        return self.teacher(images, batch.indices[: len(images)])
 
     def _seed_network(self) -> None:
         """Dropout and stochastic depth draw from PyTorch's generators: a function of seed and step, as all else is."""
@@ -158,13 +183,32 @@ class Trainer:
         if cycle_ended:
             self._save_snapshot(display)
         if epoch_ended:
-            self._end_epoch()
+            self._end_epoch(display)
         if checkpoint_due:
             self.save_checkpoint()
         if saving:
             self._pace.restart(self.step, time.perf_counter())
         if stop_signal and self.step < self.schedule.steps:
             raise TrainingStopped(stop_signal, "a checkpoint is saved")
+
+    def _validated(self, display: ProgressDisplay) -> dict[str, float]:
+        """Figures of the held-out images, after an epoch in which a cycle ended; from the files, so that a run that
+        goes on has them too.
+        """
+        first = self.step - self.pipeline.steps_per_epoch
+        ends = (self.schedule.boundary(cycle) for cycle in range(1, self.schedule.cycles + 1))
+        if self.validate is None or not any(first < end <= self.step for end in ends):
+            return {}
+        saved = self.ranks.from_first(lambda: [asdict(entry) for entry in self.folder.snapshots()])
+        figures = self.validate([SnapshotEntry(**fields) for fields in saved])
+        if figures:
+            together = (
+                f", all {len(saved)} together {figures['ensemble_error']:.2f} %" if len(saved) > 1 else ""
+            )
+            display.message(
+                f"held-out images: snapshot {saved[-1]['number']} {figures['validation_error']:.2f} % error{together}"
+            )
+        return figures
 
     def _agree(self, stop_signal: int) -> tuple[int, bool, bool]:
         """What all ranks do after this step: the signal that stops them, 0 for none; whether a checkpoint and a look
@@ -255,12 +299,23 @@ class Trainer:
         if not self.ranks.is_first:
             return
         train_loss = self._look.loss_sum / self._look.images
-        entry = self.records.save_snapshot(self.network.state_dict(), self.step, train_loss)
+        entry = self.records.save_snapshot(
+            self.network.state_dict(), self.step, train_loss, average=self._averaged()
+        )
         display.message(
             f"saved snapshot {entry.number} of {self.schedule.cycles}: {self.folder.path / entry.file}"
         )
 
-    def _end_epoch(self) -> None:
+    def _averaged(self) -> dict[str, Tensor] | None:
+        """The state_dict of the running average of the weights. Its running statistics are those of the network."""
+        if self.train_step.average is None:
+            return None
+        flat = self.optimizer.flat
+        return self.network.state_dict() | dict(
+            zip(flat.names, flat.views(self.train_step.average.data), strict=True)
+        )
+
+    def _end_epoch(self, display: ProgressDisplay) -> None:
         seconds = self._seconds_in_epoch()
         figures = {
             "train_loss": self._look.loss_sum / self.images,
@@ -268,8 +323,9 @@ class Trainer:
             "images_per_second": self.images / seconds,
             "seconds": self._seconds_in_all(),
         }
+        figures |= self._validated(display)
         if self.ranks.is_first:
-            self.records.end_epoch(self.step, figures)
+            self.on_record(self.records.end_epoch(self.step, figures))
         self.train_step.totals.zero_()
         self._look = Look(self.step, self._look.time)
         self.epoch_seconds, self._epoch_start = 0.0, time.perf_counter()
@@ -348,7 +404,8 @@ class Trainer:
         # They never change, but the file of weights that they are from may be gone when a run goes on.
         frozen = {f"frozen.{n}": p for n, p in self.network.named_parameters() if not p.requires_grad}
         flat = {"parameters": self.optimizer.flat.data, "momentum": self.optimizer.momentum}
-        return flat | {"totals": self.train_step.totals} | buffers | frozen
+        average = {} if self.train_step.average is None else {"average": self.train_step.average.data}
+        return flat | {"totals": self.train_step.totals} | buffers | frozen | average
 
     # -- where the run is
 

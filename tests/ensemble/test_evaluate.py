@@ -11,7 +11,8 @@ from small_run import NET, small_dataset, small_run
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.sources import ImageSet
 from fastsnap.device import choose_precision
-from fastsnap.ensemble.evaluate import evaluate_run, fill_member_logits
+from fastsnap.ensemble.evaluate import evaluate_run
+from fastsnap.ensemble.forwards import fill_member_logits
 from fastsnap.ensemble.metrics import measure_members
 from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunError, RunFolder

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastsnap.data.datasets import Dataset, load_dataset
 from fastsnap.data.pipeline import make_pipeline
-from fastsnap.ensemble.evaluate import fill_member_logits
+from fastsnap.ensemble.forwards import fill_member_logits
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.run_checkpoint import checkpoint_content, read_checkpoint
 from fastsnap.run_folder import RunFolder
