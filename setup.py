@@ -113,6 +113,7 @@ setup(
             *LIGHTNING,
             *TRANSFORMERS,
             "pytest>=8,<10",
+            "torchmetrics>=1,<2",
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
             "mypy==2.4.1",

@@ -205,8 +205,8 @@ def load_teacher(config: TrainConfig, dataset: Dataset, saved: dict[str, Any]) -
     require_fitting(ensemble, dataset, config.teacher)
     if saved and saved.get("teacher_sha256") != digest_of(ensemble):
         raise RunError(
-            f"{config.out} holds a run of another configuration (teacher: {config.teacher} has other snapshots, weights "
-            "or another temperature than the run began with). Choose another --out (make: OUT=...)"
+            f"{config.out} holds a run of another configuration (teacher: {config.teacher} has other snapshots, "
+            "weights or another temperature than the run began with). Choose another --out (make: OUT=...)"
         )
     return ensemble
 

@@ -117,10 +117,17 @@ def add_members(parser: argparse.ArgumentParser) -> None:
     """--last and --snapshots: which members."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--last", metavar="m", type=int, help="the last m snapshots only (default: all that are saved)"
+        "--last",
+        metavar="m",
+        type=int,
+        help="the last m snapshots, equal weights (default: what ensemble_eval has decided on held-out images; all, "
+        "equal weights, where nothing was decided)",
     )
     which.add_argument(
-        "--snapshots", metavar="N,N,...", type=snapshot_numbers, help="these snapshots only, numbered from 1"
+        "--snapshots",
+        metavar="N,N,...|all",
+        type=lambda text: "all" if text == "all" else snapshot_numbers(text),
+        help="these snapshots, numbered from 1, equal weights",
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from fastsnap import __version__
 from fastsnap.command_line import add_computing, on_ranks, parsed_once, snapshot_numbers, until_stopped
 from fastsnap.device import choose_device, take_gpu
+from fastsnap.ensemble.combining import COMBINATIONS, MEAN
 from fastsnap.ensemble.evaluate import BATCH_SIZE, assist_evaluation
 from fastsnap.ensemble.inputs import SPLITS
 from fastsnap.ensemble.report import report_run
@@ -67,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
             default=ONE,
             help=f"average probabilities over {text}",
         )
+    parser.add_argument(
+        "--combine",
+        choices=COMBINATIONS,
+        default=MEAN,
+        help="what the members say: the mean of their probabilities, the geometric one, or the class that most vote "
+        "for; of another than mean nothing is decided (default: mean)",
+    )
     parser.add_argument(
         "--json",
         metavar="PATH",
@@ -131,6 +139,7 @@ def _evaluate(arguments: list[str] | None, ranks: Ranks) -> int:
         device=device,
         precision=options.precision,
         views=options.views,
+        combine=options.combine,
         ranks=ranks,
     )
     return 128 + signal.SIGPIPE if is_lost(console) else 0

@@ -23,6 +23,7 @@ MOST_BYTES = {  # far more than these files ever have
     "config.json": 2**24,
     "manifest.json": 2**26,
     "metrics.jsonl": 2**28,
+    "ensemble.json": 2**26,
 }
 LARGEST = 3.4e38  # of fp32
 TYPO = 0.8  # how alike two names are to be taken for one, as difflib counts
@@ -166,6 +167,33 @@ class MetricsRecord:
     ensemble_loss: Number | None = None
     images_per_second: Number | None = None
     seconds: Number | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to use of a run, decided on its held-out images: part of ensemble.json, for predictions and exports.
+
+    method       how it was found: see ensemble.choosing.Candidate
+    snapshots    numbers of those that count, in the order of the run
+    weights      of these, adding up to 1
+    temperature  of the averaged probabilities
+    images       held-out images that it was decided on
+    among        number and SHA-256 of every snapshot that could have been taken
+    """
+
+    method: Text
+    snapshots: Annotated[list[Count], msgspec.Meta(min_length=1)]
+    weights: Annotated[list[Rate], msgspec.Meta(min_length=1)]
+    temperature: Rate
+    images: Count
+    among: list[tuple[Count, Sha256]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """ensemble.json, as far as it is read again."""
+
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True)

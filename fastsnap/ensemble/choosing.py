@@ -22,7 +22,9 @@ EM_STEPS, EM_GAP = 5000, 1e-6  # iterations at most, and nats from the optimum a
 LEAST_WEIGHT = 1e-3  # below it a member is left out: it would cost a forward pass and change next to nothing
 TEMPERATURES = 0.05, 20.0  # within which the best one is looked for
 LEAST_IMAGES = 20  # held out, below which nothing is chosen
-FLOOR = 1e-300  # of a label's probability, in parts of the best member's for the same image
+TOO_SMALL = (
+    1e-290  # of a label's average probability, in parts of the best member's: fp64 soon has no digits left
+)
 Way = Callable[[Tensor], Tensor]
 ROWS_AT_ONCE = 256  # weightings, whose averages [rows, images] are in memory together
 
@@ -56,6 +58,7 @@ class Choice:
     half_nlls    of the second half, before and after a temperature fitted on the first
     harmful      members, from 0, that only harm: no ensemble becomes better by one of them
     missing      classes of which no image is held out
+    equal        members, from 0, that say exactly the same as an earlier one
     """
 
     images: int
@@ -65,6 +68,7 @@ class Choice:
     half_nlls: tuple[float, float]
     harmful: tuple[int, ...]
     missing: tuple[int, ...]
+    equal: tuple[int, ...]
 
 
 def reason_against(images: int, classes: int) -> str | None:
@@ -115,7 +119,14 @@ def choose(logits_MNC: Tensor, labels_N: Tensor) -> Choice:
         (before, after),
         tuple(harmful(log_MN)),
         tuple(sorted(missing)),
+        tuple(_twins(logits_MNC)),
     )
+
+
+def _twins(logits_MNC: Tensor) -> list[int]:
+    """Members that say exactly the same as an earlier one."""
+    pairs = itertools.combinations(range(len(logits_MNC)), 2)
+    return sorted({later for earlier, later in pairs if torch.equal(logits_MNC[earlier], logits_MNC[later])})
 
 
 def halves(labels_N: Tensor) -> Tensor:
@@ -145,9 +156,15 @@ def negative_log_likelihoods(weights_SM: Tensor, log_MN: Tensor) -> Tensor:
     log_MN      see label_log_probabilities
     """
     largest_N, scaled_MN = _scaled(log_MN)
-    parts = [
-        (weights @ scaled_MN).clamp_min(FLOOR).log_().mean(1) for weights in weights_SM.split(ROWS_AT_ONCE)
-    ]
+    parts = []
+    for weights in weights_SM.split(ROWS_AT_ONCE):
+        averages = weights @ scaled_MN
+        rows, images = torch.nonzero(averages < TOO_SMALL, as_tuple=True)
+        averages.log_()
+        if len(rows):
+            terms = log_MN[:, images] - largest_N[images] + weights[rows].T.log()
+            averages[rows, images] = torch.logsumexp(terms, 0)
+        parts.append(averages.mean(1))
     return -(torch.cat(parts) + largest_N.mean())
 
 
@@ -208,16 +225,13 @@ def greedy(log_MN: Tensor) -> Tensor:
 
     Caruana et al., Ensemble Selection from Libraries of Models (ICML 2004).
     """
-    largest_N, scaled_MN = _scaled(log_MN)
     counts = log_MN.new_zeros(len(log_MN))
-    total_N = torch.zeros_like(largest_N)
     best, best_nll = counts, float("inf")
+    one_more_MM = torch.eye(len(log_MN), dtype=torch.float64, device=log_MN.device)
     for size in range(1, GREEDY_STEPS + 1):
-        nlls = -((total_N + scaled_MN) / size).clamp_min(FLOOR).log().mean(1)
+        nlls = negative_log_likelihoods((counts + one_more_MM) / size, log_MN)
         joining = int(nlls.argmin())
-        counts = counts.clone()
-        counts[joining] += 1
-        total_N += scaled_MN[joining]
+        counts = counts + one_more_MM[joining]
         if float(nlls[joining]) < best_nll:
             best, best_nll = counts, float(nlls[joining])
     return best / best.sum()
@@ -232,7 +246,7 @@ def convex_weights(log_MN: Tensor) -> Tensor:
     _, scaled_MN = _scaled(log_MN)
     weights = equal_weights(log_MN)
     for _ in range(EM_STEPS):
-        factors = (scaled_MN / (weights @ scaled_MN).clamp_min(FLOOR)).mean(1)
+        factors = (scaled_MN / (weights @ scaled_MN).clamp_min(TOO_SMALL)).mean(1)
         if float(factors.max()) <= 1 + EM_GAP:
             break
         weights = weights * factors

@@ -9,10 +9,15 @@ import torch
 
 from fastsnap.data.datasets import Dataset
 from fastsnap.device import choose_device
+from fastsnap.ensemble.cascade import choose_threshold
+from fastsnap.ensemble.choosing import Choice, choose, reason_against
+from fastsnap.ensemble.combining import COMBINATIONS, MEAN
+from fastsnap.ensemble.decision import decision_of
 from fastsnap.ensemble.forwards import Forwards, OnMember, Passes
 from fastsnap.ensemble.inputs import choose_snapshots, evaluation_precision, require_known_network
-from fastsnap.ensemble.metrics import MemberMetrics, Metrics, measure_members
+from fastsnap.ensemble.metrics import MemberMetrics, Metrics, figures, measure_members
 from fastsnap.ensemble.views import ONE
+from fastsnap.ensemble.worth import Worth, measure_worth, member_cost
 from fastsnap.run_folder import RunFolder
 from fastsnap.run_schema import SnapshotEntry, check_plan
 from fastsnap.training.ranks import Ranks
@@ -32,6 +37,8 @@ class Report:
     saved      snapshots in the run folder; more than `snapshots` holds if some were chosen
     snapshots  those evaluated, in the order of the run
     metrics    of these snapshots
+    worth      of each way to use them, on the test images; None on others
+    choice     made on the held-out images; None, and no_choice says why, where there is none
     seconds    wall-clock time of reading the snapshots, the forward passes and the averaging
     """
 
@@ -40,6 +47,7 @@ class Report:
     dataset: str
     split: str
     images: int
+    classes: int
     precision: str
     precision_reason: str
     trained_precision: str
@@ -51,6 +59,9 @@ class Report:
     snapshots: tuple[SnapshotEntry, ...]
     metrics: MemberMetrics
     seconds: float
+    worth: Worth | None = None
+    choice: Choice | None = None
+    no_choice: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """The content of ensemble.json; errors in percent."""
@@ -67,20 +78,23 @@ class Report:
             "planned",
         )
         members = zip(self.snapshots, self.metrics.alone, strict=True)
+        numbers = [entry.number for entry in self.snapshots]
         return {name: getattr(self, name) for name in scalars} | {
             "members": [_member_json(entry, metrics) for entry, metrics in members],
-            "last_m": [{"m": m} | asdict(metrics) for m, metrics in enumerate(self.metrics.last_m, start=1)],
-            "first_m": [
-                {"m": m} | asdict(metrics) for m, metrics in enumerate(self.metrics.first_m, start=1)
-            ],
+            "last_m": [{"m": m} | figures(row) for m, row in enumerate(self.metrics.last_m, start=1)],
+            "first_m": [{"m": m} | figures(row) for m, row in enumerate(self.metrics.first_m, start=1)],
             "all_against_last": asdict(self.metrics.all_against_last),
+            "combine": self.metrics.combine,
+            "worth": None if self.worth is None else self.worth.as_json(numbers),
+            "decision": None if self.choice is None else asdict(decision_of(self.choice, self.snapshots)),
+            "no_decision": self.no_choice or None,
             "seconds": self.seconds,
         }
 
 
 def _member_json(entry: SnapshotEntry, metrics: Metrics) -> dict[str, Any]:
     place = {name: getattr(entry, name) for name in ("cycle", "epoch", "step", "learning_rate", "train_loss")}
-    alone = asdict(metrics)
+    alone = figures(metrics)
     del alone["mutual_information"], alone["disagreement"]  # 0 for a single network
     return {"snapshot": entry.number} | place | alone
 
@@ -96,11 +110,12 @@ def evaluate_run(
     device: torch.device | None = None,
     precision: str = "auto",
     views: str = ONE,
+    combine: str = MEAN,
     on_member: OnMember | None = None,
     check_memory: bool = True,
     ranks: Ranks | None = None,
 ) -> Report:
-    """Evaluate the snapshots of the run in `folder`.
+    """Evaluate the snapshots of the run in `folder`; which of them to use is decided on its held-out images before.
 
     dataset     the run's data set, if it is in memory already
     data        folder that holds the data sets; default: the one the run was trained from
@@ -110,6 +125,7 @@ def evaluate_run(
     device      default: CUDA if there is one, else the CPU
     precision   of the forward passes, "auto", "bf16", "fp16" or "fp32", whatever the run was trained in
     views       of each image that are averaged: "one", "mirror" or "ten-crop"
+    combine     what the members say: "mean", "geometric" or "vote", see combining.COMBINATIONS
     on_member   called before each member's forward passes
     check_memory  False for a process that has just trained: what it keeps for itself counts as taken, and it asked
                 before it began
@@ -126,22 +142,45 @@ def evaluate_run(
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
     device = device or choose_device("auto")
     computed = evaluation_precision(precision, device)
-    task = Passes.of(
-        config, entries, split=split, batch_size=batch_size, precision=computed.name, views=views
-    )
-    ranks.from_first(lambda: asdict(task))
-    part = Forwards(task, folder, dataset, data, device, ranks, check_memory=check_memory)
-    dataset = part.dataset
+    if combine not in COMBINATIONS:
+        raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+
+    def forwards(split: str, dataset: Dataset | None) -> Forwards:
+        task = Passes.of(
+            config, entries, split=split, batch_size=batch_size, precision=computed.name, views=views
+        )
+        ranks.from_first(lambda: asdict(task))
+        return Forwards(task, folder, dataset, data, device, ranks, check_memory=check_memory)
+
     start = time.perf_counter()
-    labels_N = part.labels
-    metrics = measure_members(part.logits(entries, on_member), labels_N)
+    part = None
+    choice = threshold = None
+    thresholds: list[float] = []
+    no_choice = _reason_against(config, split, combine)
+    if not no_choice:
+        part = forwards("validation", dataset)
+        logits_MNC = part.logits(entries, on_member)
+        choice = choose(logits_MNC, part.labels)
+        threshold, thresholds = choose_threshold(logits_MNC, part.labels)
+        del logits_MNC
+    # What to use is decided; now, and only now, the split that is reported is read.
+    part = forwards(split, part.dataset if part else dataset)
+    dataset = part.dataset
+    logits_MNC = part.logits(entries, on_member)
     ranks.from_first(dict)
+    labels_N = part.labels
+    metrics = measure_members(logits_MNC, labels_N, combine)
+    worth = None
+    if split == "test":
+        cost = member_cost(part.network, part.seconds, len(labels_N))
+        worth = measure_worth(logits_MNC, labels_N, cost, choice, threshold, thresholds)
     return Report(
         run=folder.path.resolve().name,
         net=config["net"],
         dataset=config["dataset"],
         split=split,
         images=len(labels_N),
+        classes=len(dataset.classes),
         precision=computed.name,
         precision_reason=computed.reason,
         trained_precision=config["precision"],
@@ -152,8 +191,23 @@ def evaluate_run(
         saved=len(folder.snapshots()),
         snapshots=tuple(entries),
         metrics=metrics,
+        worth=worth,
+        choice=choice,
+        no_choice=no_choice,
         seconds=time.perf_counter() - start,
     )
+
+
+def _reason_against(config: dict[str, Any], split: str, combine: str) -> str:
+    """Why nothing is decided on held-out images, as a sentence's end; "": it is."""
+    if split != "test":
+        return f"the {split} images are what is reported"
+    if combine != MEAN:
+        return f"members are combined by {combine}, but predictions average their probabilities"
+    images = config["images"].get("validation", 0)
+    if not images:
+        return "the run held no images out: train with --validation N"
+    return reason_against(images, config.get("classes") or 0) or ""
 
 
 def assist_evaluation(

@@ -4,12 +4,13 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fastsnap.device import choose_device
+from fastsnap.ensemble.decision import read_decision
 from fastsnap.ensemble.inputs import choose_snapshots, evaluation_precision, network_of
 from fastsnap.ensemble.members import Resident, load_members
 from fastsnap.ensemble.module import Ensemble
@@ -22,10 +23,10 @@ from fastsnap.snapshot import plain_network
 def load_ensemble(
     run: str | os.PathLike[str],
     *,
-    snapshots: Sequence[int] | None = None,
+    snapshots: Sequence[int] | Literal["all"] | None = None,
     last: int | None = None,
     weights: Sequence[float] | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     device: torch.device | str | None = None,
     precision: str = "fp32",
     resident: Resident = "auto",
@@ -35,11 +36,15 @@ def load_ensemble(
 ) -> Ensemble:
     """The snapshots of the run folder `run` as one module; its data set is not needed.
 
-    snapshots      numbers of those to take; default: all that are saved
+    Without snapshots, last and weights, they are what the run's evaluation has decided on held-out images
+    (ensemble.json), temperature included; without such a decision all that are saved, with equal weights.
+
+    snapshots      numbers of those to take, or "all"
     last           take the last so many instead
     weights        of the members in the order of the run, >= 0, normalised here; default: equal. What has weight 0 is
                    not computed
-    temperature    of the averaged probabilities: p -> p^(1 / temperature), normalised again; > 0
+    temperature    of the averaged probabilities: p -> p^(1 / temperature), normalised again; > 0; default: as
+                   decided, else 1
     device         default: CUDA if there is one, else the CPU
     precision      of the forward passes: "fp32", "bf16", "fp16" (by autocast), or "auto": what is fastest there
     resident       members in memory: "all", or "one" at a time, whose weights are swapped from the memory-mapped files;
@@ -47,12 +52,21 @@ def load_ensemble(
     data           folder of the data sets, for a run of version 0.1.0, whose config.json does not name its classes
     preprocessing  instead of what the run folder says
     network        of the run's class, for a run of SnapshotRecorder; it is copied
-    Raises RunError (a ValueError) for a run without snapshots, that cannot be read or does not say its classes, for
-    snapshots that are damaged (all hashes are verified) or of another network; ValueError for other arguments.
+    Raises RunError (a ValueError) for a run without snapshots, that cannot be read or does not say its classes, for a
+    decision among other snapshots than the run has, and for snapshots that are damaged (all hashes are verified) or of
+    another network; ValueError for other arguments.
     """
     folder = RunFolder(run)
     config = folder.config()
-    entries = chosen(folder, snapshots, last)
+    decision = None
+    if snapshots is None and last is None and weights is None:
+        choose_snapshots(folder, None)  # a run without any is a worse fault than a decision that is old
+        decision = read_decision(folder)
+    if decision is not None:
+        snapshots, weights = decision.snapshots, decision.weights
+    if temperature is None:
+        temperature = decision.temperature if decision is not None else 1.0
+    entries = chosen(folder, None if snapshots == "all" else snapshots, last)
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
     entries, weights = _weighted(entries, weights)
     if not 1e-3 <= temperature <= 1e3:

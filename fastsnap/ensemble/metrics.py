@@ -3,15 +3,17 @@
 Statistics are [M, N] (row m-1: the average over m members; N images), figures are float64 [M].
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from fastsnap.kernels.averaging import average_members
+from fastsnap.ensemble.combining import MEAN, combined_statistics
 from fastsnap.kernels.averaging_reference import EnsembleStatistics
 
 ECE_BINS = 15  # Guo et al. 2017
+NORMAL_95 = 1.959964  # standard errors on either side that hold 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Metrics:
     disagreement: float
 
 
+def figures(metrics: Metrics) -> dict[str, float | None]:
+    """As JSON has them: what is NaN, since votes have no probabilities, is null."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(metrics).items()}
+
+
 def error(prediction_MN: Tensor, labels_N: Tensor) -> Tensor:
     """Top-1 error in percent; predictions and labels int64."""
     return 100 * (prediction_MN != labels_N).double().mean(1)
@@ -55,6 +62,8 @@ def expected_calibration_error(confidence_MN: Tensor, correct_MN: Tensor) -> Ten
     Guo et al., On Calibration of Modern Neural Networks (ICML 2017), equation 3. `correct_MN` is bool.
     """
     confidence = confidence_MN.double()
+    if confidence.isnan().any():  # of votes
+        return confidence.mean(1)
     bins = ((confidence * ECE_BINS).ceil().long() - 1).clamp(0, ECE_BINS - 1)
     # |B| * |accuracy - confidence| of a bin is the absolute sum of (correct - confidence) over its images.
     gaps = confidence.new_zeros(len(confidence), ECE_BINS)
@@ -68,16 +77,20 @@ def brier_score(sum_of_squares_MN: Tensor, label_probability_MN: Tensor) -> Tens
 
 
 def summarise(statistics: EnsembleStatistics, labels_N: Tensor) -> list[Metrics]:
-    """Metrics of each ensemble in `statistics`, m = 1..M. Raises ValueError if these come without labels."""
+    """Metrics of each ensemble in `statistics`, m = 1..M; NaN where votes have none.
+
+    Raises ValueError if these come without labels.
+    """
     log_probability, rank = statistics.label_log_probability, statistics.label_rank
     if log_probability is None or rank is None:
         raise ValueError("statistics must be computed with the labels: average_members(logits, labels)")
     members = torch.arange(1, len(statistics.prediction) + 1, device=labels_N.device)
+    nll = -log_probability.double().mean(1)
     rows = torch.stack(
         [
             error(statistics.prediction, labels_N),
-            top_k_error(rank),
-            -log_probability.double().mean(1),
+            torch.where(nll.isnan(), nll, top_k_error(rank)),  # votes put no classes in order
+            nll,
             expected_calibration_error(statistics.confidence, statistics.prediction == labels_N),
             brier_score(statistics.sum_of_squares, log_probability.double().exp()),
             statistics.entropy.double().mean(1),
@@ -91,10 +104,18 @@ def summarise(statistics: EnsembleStatistics, labels_N: Tensor) -> list[Metrics]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one classifier's error lies above another's on the same images; both in points."""
+    """How far one classifier lies above another on the same images, paired image by image.
+
+    points  of error in percent, or nats of NLL; standard_error likewise
+    """
 
     points: float
     standard_error: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """In which the difference over all such images lies, with 95 % confidence (normal approximation)."""
+        return self.points - NORMAL_95 * self.standard_error, self.points + NORMAL_95 * self.standard_error
 
 
 def error_difference(prediction_N: Tensor, baseline_N: Tensor, labels_N: Tensor) -> Difference:
@@ -103,10 +124,15 @@ def error_difference(prediction_N: Tensor, baseline_N: Tensor, labels_N: Tensor)
     Both see the same hard images, so the difference is known better than either error. Its standard error is
     that of the mean of N differences in {-1, 0, 1}: it covers the draw of the images, not of the seeds.
     """
-    wrong_more = (prediction_N != labels_N).double() - (baseline_N != labels_N).double()
-    mean = wrong_more.mean()
-    spread = ((wrong_more - mean).square().mean() / len(labels_N)).sqrt()
-    return Difference(100 * mean.item(), 100 * spread.item())
+    return mean_difference(100 * (prediction_N != labels_N).double(), 100 * (baseline_N != labels_N).double())
+
+
+def mean_difference(values_N: Tensor, baseline_N: Tensor) -> Difference:
+    """Mean of `values_N` minus mean of `baseline_N`, paired: see error_difference."""
+    differences = values_N.double() - baseline_N.double()
+    mean = differences.mean()
+    spread = ((differences - mean).square().mean() / len(differences)).sqrt()
+    return Difference(mean.item(), spread.item())
 
 
 @dataclass(frozen=True)
@@ -117,22 +143,27 @@ class MemberMetrics:
     last_m            row m-1: the last m members averaged
     first_m           row m-1: the first m members averaged
     all_against_last  error of all members together minus that of the last one alone
+    combine           how members are combined: see combining.COMBINATIONS
     """
 
     alone: tuple[Metrics, ...]
     last_m: tuple[Metrics, ...]
     first_m: tuple[Metrics, ...]
     all_against_last: Difference
+    combine: str = MEAN
 
 
-def measure_members(logits_MNC: Tensor, labels_N: Tensor) -> MemberMetrics:
+def measure_members(logits_MNC: Tensor, labels_N: Tensor, combine: str = MEAN) -> MemberMetrics:
     """All figures from the members' logits (any float type, in the order of the run) and the labels."""
-    alone = [summarise(average_members(logits_NC[None], labels_N), labels_N)[0] for logits_NC in logits_MNC]
-    last = average_members(logits_MNC, labels_N, order="last")
-    first = average_members(logits_MNC, labels_N, order="first")
+    alone = [
+        summarise(combined_statistics(logits_NC[None], labels_N), labels_N)[0] for logits_NC in logits_MNC
+    ]
+    last = combined_statistics(logits_MNC, labels_N, combine, order="last")
+    first = combined_statistics(logits_MNC, labels_N, combine, order="first")
     return MemberMetrics(
         alone=tuple(alone),
         last_m=tuple(summarise(last, labels_N)),
         first_m=tuple(summarise(first, labels_N)),
         all_against_last=error_difference(last.prediction[-1], last.prediction[0], labels_N),
+        combine=combine,
     )

@@ -95,6 +95,7 @@ def measure(
         dataset=config["dataset"],
         split=split,
         images=len(labels_N),
+        classes=config["classes"],
         precision=computed.name,
         precision_reason=computed.reason,
         trained_precision=config["precision"],

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fastsnap.ensemble.combining import MEAN
 from fastsnap.ensemble.evaluate import Report, evaluate_run
 from fastsnap.ensemble.plots import save_plots
 from fastsnap.ensemble.tables import print_report, ranges
@@ -93,6 +94,8 @@ def file_suffix(report: Report, asked_precision: str) -> str:
     numbers = [entry.number for entry in report.snapshots]
     if len(numbers) < report.saved:
         suffix += f"-snapshots-{ranges(numbers).replace(' ', '')}"
+    if report.metrics.combine != MEAN:
+        suffix += f"-{report.metrics.combine}"
     if report.views != ONE:
         suffix += f"-{report.views}"
     if asked_precision not in ("auto", report.trained_precision):

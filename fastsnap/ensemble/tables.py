@@ -1,12 +1,17 @@
 """A report as a person reads it: the tables of the members and of the last m, and what they say in a sentence."""
 
+import math
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fastsnap.ensemble.choosing import ALL, LAST, Choice
+from fastsnap.ensemble.combining import GEOMETRIC, MEAN, VOTE
 from fastsnap.ensemble.evaluate import Report
-from fastsnap.ensemble.metrics import Metrics
+from fastsnap.ensemble.metrics import Difference, Metrics
 from fastsnap.ensemble.views import ONE, VIEWS
+from fastsnap.ensemble.worth import DECIDED, WAYS, Row, Worth
 from fastsnap.printing import print_line
 
 WIDEST_TABLE = (
@@ -41,14 +46,14 @@ def print_report(report: Report, console: Console) -> None:
     for text in paragraphs:
         print_line(console, text)
         console.print()
-    for table in (_members_table(report), _last_m_table(report)):
+    worth = report.worth if len(report.snapshots) > 1 else None
+    worths = [] if worth is None else [_worth_table(report, worth), _gains_table(worth)]
+    for table in (_members_table(report), _last_m_table(report), *worths):
         table.width = console.measure(table, options=console.options.update(width=WIDEST_TABLE)).maximum
         console.print(table, crop=False)
         console.print()
-    print_line(console, summary(report))
-    advice = _advice(report)
-    if advice:
-        print_line(console, advice)
+    for text in (summary(report), *decision_texts(report), *_advice(report)):
+        print_line(console, text)
 
 
 def _members_table(report: Report) -> Table:
@@ -60,14 +65,66 @@ def _members_table(report: Report) -> Table:
 
 
 def _last_m_table(report: Report) -> Table:
-    table = _table("The last m averaged", "m", "snapshots")
+    how = {MEAN: "averaged", GEOMETRIC: "in the geometric mean", VOTE: "voting"}[report.metrics.combine]
+    table = _table(f"The last m {how}", "m", "snapshots")
     numbers = [entry.number for entry in report.snapshots]
     for m, metrics in enumerate(report.metrics.last_m, start=1):
         table.add_row(f"{m}", ranges(numbers[-m:]), *_cells(metrics))
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def _worth_table(report: Report, worth: Worth) -> Table:
+    columns = ("error %", "NLL", "ECE", "forwards", "MB", "ms/image")
+    table = _table("What each way to use them is worth, and costs", "way", "snapshots", metrics=columns)
+    table.columns[0].justify = "left"
+    numbers = [entry.number for entry in report.snapshots]
+    for row in worth.rows:
+        table.add_row(
+            way_name(row),
+            ranges([numbers[member] for member in row.members]),
+            _number(row.metrics.error, 2),
+            _number(row.metrics.nll, 4),
+            _number(row.metrics.ece, 4),
+            f"{row.cost.forwards:.3g}",
+            f"{row.cost.bytes / 1e6:.3g}",
+            f"{row.cost.milliseconds:.3g}",
+        )
+    return table
+
+
+def _gains_table(worth: Worth) -> Table:
+    columns = ("error", "95 % interval", "NLL", "95 % interval")
+    table = _table("Differences from all with equal weights, image by image", "way", metrics=columns)
+    table.columns[0].justify = "left"
+    for row in worth.rows:
+        if row.name != ALL:
+            table.add_row(way_name(row), *_gain(row.error_gain, 2), *_gain(row.nll_gain, 4))
+    return table
+
+
+def way_name(row: Row) -> str:
+    """As a table calls it."""
+    name = WAYS.get(row.name, row.name)
+    if row.name == LAST:
+        name = f"last {len(row.members)}"
+    elif row.name == DECIDED:
+        name = f"decided, T {row.temperature:.3g}"
+    return name
+
+
+def _gain(gain: Difference | None, digits: int) -> tuple[str, str]:
+    """A difference, and the interval around it."""
+    if gain is None:
+        return "-", "-"
+    low, high = gain.interval
+    return f"{gain.points:+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _table(title: str, *columns: str, metrics: tuple[str, ...] = METRIC_COLUMNS) -> Table:
     table = Table(
         title=title,
         title_justify="left",
@@ -76,14 +133,14 @@ def _table(title: str, *columns: str) -> Table:
         show_edge=False,
         padding=(0, 0, 0, 1),
     )
-    for name in columns + METRIC_COLUMNS:
+    for name in columns + metrics:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
 def _cells(metrics: Metrics) -> tuple[str, ...]:
-    percents = (f"{metrics.error:.2f}", f"{metrics.top5_error:.2f}")
-    return (*percents, f"{metrics.nll:.4f}", f"{metrics.ece:.4f}", f"{metrics.brier:.4f}")
+    percents = (_number(metrics.error, 2), _number(metrics.top5_error, 2))
+    return (*percents, *(_number(value, 4) for value in (metrics.nll, metrics.ece, metrics.brier)))
 
 
 def ranges(numbers: list[int]) -> str:
@@ -114,11 +171,72 @@ def summary(report: Report) -> str:
     return text + " (±: standard error over the images)."
 
 
-def _advice(report: Report) -> str | None:
-    """How many to average: which m validates best, or why the test images must not choose it."""
+def decision_texts(report: Report) -> list[str]:
+    """What was decided on the held-out images, or in one line why nothing was; which snapshots only harm."""
+    choice = report.choice
+    if choice is None:
+        reason = f"Nothing was chosen, weights are equal: {report.no_choice}."
+        return [reason] if report.split == "test" and len(report.snapshots) > 1 else []
+    numbers = [entry.number for entry in report.snapshots]
+    texts = [f"{decision(report, choice)}, as decided on {choice.images:,} held-out images."]
+    if choice.harmful:
+        named = ranges([numbers[member] for member in choice.harmful])
+        plural = len(choice.harmful) > 1
+        texts.append(
+            f"Snapshot{'s' if plural else ''} {named} only harm{'' if plural else 's'}: on the held-out images no "
+            f"ensemble becomes better by {'them' if plural else 'it'}."
+        )
+    twins = [numbers[member] for member in choice.equal]
+    if twins:
+        texts.append(f"Snapshots {ranges(twins)} say the same as an earlier one: they are one network.")
+    if choice.missing:
+        texts.append(
+            f"No image is held out of {len(choice.missing):,} of the {report.classes:,} classes: what was decided "
+            "knows nothing of them; --validation N with a larger N holds out more."
+        )
+    return texts
+
+
+def decision(report: Report, choice: Choice) -> str:
+    """The decision as a sentence without its end."""
+    numbers = [entry.number for entry in report.snapshots]
+    members = choice.taken.members
+    weights = [choice.taken.weights[member] for member in members]
+    temperature = f"temperature {choice.temperature:.3g}"
+    if len(members) == 1:
+        return f"Use snapshot {numbers[members[0]]} alone, {temperature}"
+    which = f"snapshots {ranges([numbers[member] for member in members])}"
+    if len(members) == len(numbers):
+        which = f"all {len(numbers)} snapshots"
+    if len(set(weights)) == 1:
+        return f"Use {which}, equal weights, {temperature}"
+    return f"Use {which}, weights {', '.join(f'{weight:.2f}' for weight in weights)}, {temperature}"
+
+
+def _advice(report: Report) -> list[str]:
+    """How the ways to combine compare; which m validates best."""
     if len(report.snapshots) == 1:
-        return None
-    nlls = [metrics.nll for metrics in report.metrics.last_m]
-    if report.split == "validation":
-        return f"Lowest NLL on the validation images: the last {nlls.index(min(nlls)) + 1}."
-    return "To choose m, use --split validation (of a run trained with --validation N), not the test images."
+        return []
+    if report.split == "validation" and report.metrics.combine != VOTE:
+        nlls = [metrics.nll for metrics in report.metrics.last_m]
+        return [f"Lowest NLL on the validation images: the last {nlls.index(min(nlls)) + 1}."]
+    if report.worth is None:
+        return []
+    return [combining_text(report.worth)]
+
+
+def combining_text(worth: Worth) -> str:
+    """Which way to combine all members is better, by how much."""
+    parts = []
+    for name in (GEOMETRIC, VOTE):
+        row = worth.row(name)
+        text = f"{name} {_signed(row.error_gain, 2)} points of error"
+        if row.nll_gain is not None:
+            text += f" and {_signed(row.nll_gain, 4)} nats of NLL"
+        parts.append(text)
+    return f"Against the mean of the probabilities of all: {', '.join(parts)} (--combine)."
+
+
+def _signed(gain: Difference, digits: int) -> str:
+    points, interval = _gain(gain, digits)
+    return f"{points} ({interval})"

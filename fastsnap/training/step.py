@@ -30,8 +30,8 @@ class TrainStep:
     graphed      whether to capture the step in a CUDA graph; batches of another size than the first still run eagerly
     exchange     of a rank among several: each trains on its part of a batch. Not graphed
     average      of the weights, brought up to date after each step
-    distillation  whose loss takes the place of the labels' cross-entropy; each step is then given what the teacher says.
-                  Not graphed
+    distillation  whose loss takes the place of the labels' cross-entropy; each step is then given what the teacher
+                  says. Not graphed
 
     totals       float64 [2] on the device, of this rank: sum of losses, number of errors
     """
