@@ -32,7 +32,7 @@ def power_mean(logits_MNC, weights, temperature):
     return powers / powers.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_rows_are_what_scikit_learn_torchmetrics_and_scipy_say(scale):
     held_out = members_of(2.0, 0.8, 1.2, seed=1, scale=scale)
     logits, labels = members_of(2.0, 0.8, 1.2, seed=2, images=500, scale=scale)
