@@ -76,6 +76,20 @@ def _parser() -> argparse.ArgumentParser:
         "for; of another than mean nothing is decided (default: mean)",
     )
     parser.add_argument(
+        "--averages",
+        action="store_true",
+        help="also evaluate single networks whose weights are averages: of the last m snapshots, of those chosen on "
+        "held-out images, and training's running average (--ema); BatchNorm's statistics are gathered anew",
+    )
+    parser.add_argument(
+        "--interpolate",
+        metavar="N,N",
+        type=snapshot_numbers,
+        nargs="?",
+        const=[],
+        help="also evaluate networks on the line between two snapshots (default: the last two)",
+    )
+    parser.add_argument(
         "--json",
         metavar="PATH",
         help="also write ensemble.json's content there; -: to standard output, the tables to standard error",
@@ -140,6 +154,8 @@ def _evaluate(arguments: list[str] | None, ranks: Ranks) -> int:
         precision=options.precision,
         views=options.views,
         combine=options.combine,
+        averages=options.averages,
+        interpolate=options.interpolate,
         ranks=ranks,
     )
     return 128 + signal.SIGPIPE if is_lost(console) else 0

@@ -1,13 +1,16 @@
 """Evaluating a run: each member forwarded once over a split, every ensemble from the logits kept."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastsnap.data.datasets import Dataset
+from fastsnap.data.pipeline import make_pipeline
+from fastsnap.data.plan import Pipeline
 from fastsnap.device import choose_device
 from fastsnap.ensemble.cascade import choose_threshold
 from fastsnap.ensemble.choosing import Choice, choose, reason_against
@@ -17,12 +20,31 @@ from fastsnap.ensemble.forwards import Forwards, OnMember, Passes
 from fastsnap.ensemble.inputs import choose_snapshots, evaluation_precision, require_known_network
 from fastsnap.ensemble.metrics import MemberMetrics, Metrics, figures, measure_members
 from fastsnap.ensemble.views import ONE
-from fastsnap.ensemble.worth import Worth, measure_worth, member_cost
-from fastsnap.run_folder import RunFolder
+from fastsnap.ensemble.weight_space import Line, WeightSpace, choose_soup, mean_nll, mean_of, measure_line
+from fastsnap.ensemble.worth import (
+    AVERAGE,
+    RUNNING,
+    SOUP,
+    Comparison,
+    Row,
+    Worth,
+    measure_worth,
+    member_cost,
+)
+from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_schema import SnapshotEntry, check_plan
 from fastsnap.training.ranks import Ranks
 
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Logits of the members for the images, float32 [M, N, C], their labels, int64 [N], and the classes' names."""
+
+    logits: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,8 @@ class Report:
     metrics    of these snapshots
     worth      of each way to use them, on the test images; None on others
     choice     made on the held-out images; None, and no_choice says why, where there is none
+    line       of networks between two snapshots, where it was asked for
+    outputs    what the figures follow from, for pictures and further figures
     seconds    wall-clock time of reading the snapshots, the forward passes and the averaging
     """
 
@@ -62,6 +86,8 @@ class Report:
     worth: Worth | None = None
     choice: Choice | None = None
     no_choice: str = ""
+    line: Line | None = None
+    outputs: Outputs | None = field(default=None, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """The content of ensemble.json; errors in percent."""
@@ -88,6 +114,7 @@ class Report:
             "worth": None if self.worth is None else self.worth.as_json(numbers),
             "decision": None if self.choice is None else asdict(decision_of(self.choice, self.snapshots)),
             "no_decision": self.no_choice or None,
+            "line": None if self.line is None else asdict(self.line) | {"barrier": self.line.barrier},
             "seconds": self.seconds,
         }
 
@@ -111,6 +138,8 @@ def evaluate_run(
     precision: str = "auto",
     views: str = ONE,
     combine: str = MEAN,
+    averages: bool = False,
+    interpolate: Sequence[int] | None = None,
     on_member: OnMember | None = None,
     check_memory: bool = True,
     ranks: Ranks | None = None,
@@ -126,6 +155,8 @@ def evaluate_run(
     precision   of the forward passes, "auto", "bf16", "fp16" or "fp32", whatever the run was trained in
     views       of each image that are averaged: "one", "mirror" or "ten-crop"
     combine     what the members say: "mean", "geometric" or "vote", see combining.COMBINATIONS
+    averages    also evaluate averages of the snapshots' weights, and the running average that training kept
+    interpolate  numbers of two snapshots, to evaluate networks on the line between them
     on_member   called before each member's forward passes
     check_memory  False for a process that has just trained: what it keeps for itself counts as taken, and it asked
                 before it began
@@ -133,17 +164,22 @@ def evaluate_run(
 
     Raises RunError (a ValueError) for a run without snapshots or that split, and for snapshots that do not
     exist, are damaged, do not fit the net or give NaN; DataError (a ValueError) for missing data and for images or
-    labels that are not those that the run had.
+    labels that are not those that the run had; ValueError for what several ranks cannot do together.
     """
     ranks = ranks or Ranks()
     config = folder.config()
     require_known_network(config, folder)
     entries = choose_snapshots(folder, snapshots)
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
-    device = device or choose_device("auto")
-    computed = evaluation_precision(precision, device)
     if combine not in COMBINATIONS:
         raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+    if ranks.count > 1 and (averages or interpolate):
+        raise ValueError(
+            "averages (--averages) and interpolate (--interpolate) need a single process, not torchrun"
+        )
+    ends = _ends(folder, interpolate)
+    device = device or choose_device("auto")
+    computed = evaluation_precision(precision, device)
 
     def forwards(split: str, dataset: Dataset | None) -> Forwards:
         task = Passes.of(
@@ -152,28 +188,30 @@ def evaluate_run(
         ranks.from_first(lambda: asdict(task))
         return Forwards(task, folder, dataset, data, device, ranks, check_memory=check_memory)
 
+    def space(part: Forwards) -> WeightSpace:
+        return WeightSpace(part, folder, _training_batches(part, config["seed"]), computed.name)
+
     start = time.perf_counter()
-    part = None
-    choice = threshold = None
-    thresholds: list[float] = []
+    decided = Decided()
     no_choice = _reason_against(config, split, combine)
     if not no_choice:
         part = forwards("validation", dataset)
-        logits_MNC = part.logits(entries, on_member)
-        choice = choose(logits_MNC, part.labels)
-        threshold, thresholds = choose_threshold(logits_MNC, part.labels)
-        del logits_MNC
+        dataset = part.dataset
+        decided = _decide(part, entries, on_member, space if averages else None)
     # What to use is decided; now, and only now, the split that is reported is read.
-    part = forwards(split, part.dataset if part else dataset)
+    part = forwards(split, dataset)
     dataset = part.dataset
     logits_MNC = part.logits(entries, on_member)
     ranks.from_first(dict)
     labels_N = part.labels
-    metrics = measure_members(logits_MNC, labels_N, combine)
     worth = None
     if split == "test":
         cost = member_cost(part.network, part.seconds, len(labels_N))
-        worth = measure_worth(logits_MNC, labels_N, cost, choice, threshold, thresholds)
+        comparison = Comparison(logits_MNC, labels_N, cost)
+        worth = measure_worth(comparison, decided.choice, decided.threshold, decided.thresholds)
+        if averages:
+            rows = _averages(space(part), comparison, folder, entries, decided.soup)
+            worth = replace(worth, rows=(*worth.rows, *rows))
     return Report(
         run=folder.path.resolve().name,
         net=config["net"],
@@ -190,12 +228,111 @@ def evaluate_run(
         planned=config["cycles"],
         saved=len(folder.snapshots()),
         snapshots=tuple(entries),
-        metrics=metrics,
+        metrics=measure_members(logits_MNC, labels_N, combine),
         worth=worth,
-        choice=choice,
+        choice=decided.choice,
         no_choice=no_choice,
+        line=measure_line(space(part), *ends) if ends else None,
+        outputs=Outputs(logits_MNC, labels_N, tuple(dataset.classes)),
         seconds=time.perf_counter() - start,
     )
+
+
+@dataclass(frozen=True)
+class Decided:
+    """On held-out images; nothing where there are none.
+
+    threshold, thresholds  of the cascade, and of its curve
+    soup                   snapshots whose averaged weights did best
+    """
+
+    choice: Choice | None = None
+    threshold: float | None = None
+    thresholds: Sequence[float] = ()
+    soup: Sequence[SnapshotEntry] = ()
+
+
+def _decide(
+    part: Forwards,
+    entries: Sequence[SnapshotEntry],
+    on_member: OnMember | None,
+    space: Callable[[Forwards], WeightSpace] | None,
+) -> Decided:
+    logits_MNC = part.logits(entries, on_member)
+    labels_N = part.labels
+    if not part.ranks.is_first:
+        return Decided()
+    choice = choose(logits_MNC, labels_N)
+    threshold, thresholds = choose_threshold(logits_MNC, labels_N)
+    soup: Sequence[SnapshotEntry] = ()
+    if space is not None and len(entries) > 1:
+        nlls = [mean_nll(logits_NC, labels_N) for logits_NC in logits_MNC]
+        soup = choose_soup(space(part), entries, nlls)
+    return Decided(choice, threshold, thresholds, soup)
+
+
+def _training_batches(part: Forwards, seed: int) -> Pipeline:
+    """Of the training images as training saw them, for running statistics."""
+    dataset = part.dataset
+    return make_pipeline(
+        dataset.train,
+        batch_size=min(BATCH_SIZE, len(dataset.train.labels)),
+        mean=dataset.mean,
+        std=dataset.std,
+        device=part.device,
+        seed=seed,
+        augmentation=dataset.augmentation,
+    )
+
+
+def _averages(
+    space: WeightSpace,
+    comparison: Comparison,
+    folder: RunFolder,
+    entries: Sequence[SnapshotEntry],
+    soup: Sequence[SnapshotEntry],
+) -> list[Row]:
+    """Rows of networks whose weights are averages: of the last m for each m, of those chosen, of training's own."""
+    rows = []
+    count = len(entries)
+    for m in range(2, count + 1):
+        rows.append(_average_row(AVERAGE, space, comparison, entries, entries[-m:]))
+    if len(soup) > 1:
+        rows.append(_average_row(SOUP, space, comparison, entries, soup))
+    running = folder.average()
+    if running is not None:
+        logits_NC = space.logits([(running, 1.0)])
+        weights = [float(entry.number == running.number) for entry in entries]
+        rows.append(comparison.network(RUNNING, logits_NC, weights, space.forwards.seconds))
+    return rows
+
+
+def _average_row(
+    name: str,
+    space: WeightSpace,
+    comparison: Comparison,
+    entries: Sequence[SnapshotEntry],
+    chosen: Sequence[SnapshotEntry],
+) -> Row:
+    logits_NC = space.logits(mean_of(chosen))
+    weights = [1 / len(chosen) if entry in chosen else 0.0 for entry in entries]
+    return comparison.network(name, logits_NC, weights, space.forwards.seconds)
+
+
+def _ends(folder: RunFolder, numbers: Sequence[int] | None) -> list[SnapshotEntry]:
+    """The two snapshots of a line; none without numbers, the last two for an empty list."""
+    if numbers is None:
+        return []
+    saved = folder.snapshots()
+    if not numbers:
+        numbers = [entry.number for entry in saved[-2:]]
+    if len(set(numbers)) != 2:
+        raise RunError(
+            f"interpolate (--interpolate) needs two snapshots, got {', '.join(map(str, numbers))}: {folder.path} holds "
+            f"{', '.join(str(entry.number) for entry in saved)}"
+        )
+    found = {entry.number: entry for entry in choose_snapshots(folder, numbers)}
+    return [found[number] for number in numbers]
 
 
 def _reason_against(config: dict[str, Any], split: str, combine: str) -> str:

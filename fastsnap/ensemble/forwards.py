@@ -117,6 +117,19 @@ class Forwards:
         """Of all images, int64 [N], on the device."""
         return torch.from_numpy(self.images.labels).to(self.device)
 
+    def own_logits(self) -> Tensor:
+        """Of the network as it is, float32 [N, C], for this process's images."""
+        start = time.perf_counter()
+        logits_NC = torch.empty(self.counts[self.ranks.rank], len(self.dataset.classes), device=self.device)
+        fill_logits(
+            *(logits_NC, self.network, self.pipeline),
+            precision=self.task.precision,
+            views=self.task.views,
+            padding=self.dataset.augmentation.padding,
+        )
+        self.seconds = time.perf_counter() - start
+        return logits_NC
+
     def logits(self, entries: Sequence[SnapshotEntry], on_member: OnMember | None = None) -> Tensor:
         """Of all members for all images on the first rank, float32 [M, N, C]; on others, of its own images."""
         task, ranks = self.task, self.ranks

@@ -34,6 +34,8 @@ WAYS = {
     VOTE: "all, voting",
 }
 DECIDED, NEWEST, CASCADE = "decided", "newest alone", "cascade"
+# Single networks, of averaged weights.
+AVERAGE, SOUP, RUNNING = "mean weights", "greedy weights", "running mean"
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,12 @@ class Comparison:
         )
         return self.row(name, statistics, weights, temperature=temperature, metrics=metrics)
 
+    def network(self, name: str, logits_NC: Tensor, weights: Sequence[float], seconds: float) -> Row:
+        """A single network, whose weights are members' averaged by `weights`, and whose passes took so many seconds."""
+        own = replace(self.cost, milliseconds=1000 * seconds / len(self.labels_N))
+        statistics = average_members(logits_NC[None], self.labels_N)
+        return self.row(name, statistics, weights, cost=own.times(1, 1))
+
     def cascade(self, threshold: float) -> Row:
         """See cascade.answers; of its calibration only what the answers say."""
         found = answers(self.last, threshold)
@@ -209,19 +217,17 @@ class Comparison:
 
 
 def measure_worth(
-    logits_MNC: Tensor,
-    labels_N: Tensor,
-    cost: MemberCost,
+    comparison: Comparison,
     choice: Choice | None = None,
     threshold: float | None = None,
     thresholds: Sequence[float] = (),
 ) -> Worth:
-    """All rows from the members' logits for the test images (float32, in the order of the run).
+    """All rows that follow from the members' logits for the test images.
 
     choice      made on held-out images; None: there were none
     threshold   of the cascade, likewise, and those of its curve
     """
-    comparison = Comparison(logits_MNC, labels_N, cost)
+    logits_MNC, labels_N = comparison.logits_MNC, comparison.labels_N
     members = len(logits_MNC)
     equal = [1 / members] * members
     newest = [0.0] * (members - 1) + [1.0]

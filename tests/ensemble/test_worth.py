@@ -14,12 +14,16 @@ from fastsnap.ensemble.cascade import answers, choose_threshold, curve
 from fastsnap.ensemble.choosing import choose
 from fastsnap.ensemble.combining import combined_statistics
 from fastsnap.ensemble.metrics import measure_members, summarise
-from fastsnap.ensemble.worth import MemberCost, measure_worth
+from fastsnap.ensemble.worth import Comparison, MemberCost, measure_worth
 from fastsnap.kernels.averaging import average_members
 from tests.ensemble.made_logits import members_of
 
 COST = MemberCost(parameters=1000, bytes=4000, milliseconds=0.5)
 CLASSES = 7
+
+
+def worth_of(logits, labels, *decided, **options):
+    return measure_worth(Comparison(logits, labels, COST), *decided, **options)
 
 
 def probabilities(logits_MNC):
@@ -37,7 +41,7 @@ def test_the_rows_are_what_scikit_learn_torchmetrics_and_scipy_say(scale):
     held_out = members_of(2.0, 0.8, 1.2, seed=1, scale=scale)
     logits, labels = members_of(2.0, 0.8, 1.2, seed=2, images=500, scale=scale)
     choice = choose(*held_out)
-    worth = measure_worth(logits, labels, COST, choice)
+    worth = worth_of(logits, labels, choice)
     equal = power_mean(logits, [1 / 3] * 3, 1)
     for candidate in choice.candidates:
         check_row(
@@ -80,7 +84,7 @@ def check_gain(gain, values, baseline, tolerance):
 
 def test_costs_follow_from_what_is_computed():
     logits, labels = members_of(2.0, 0.8, 1.2)
-    worth = measure_worth(logits, labels, COST, choose(logits, labels), threshold=0.6, thresholds=[0.6])
+    worth = worth_of(logits, labels, choose(logits, labels), threshold=0.6, thresholds=[0.6])
     three, one = worth.row("all").cost, worth.row("newest alone").cost
     assert (three.forwards, three.parameters, three.bytes, three.milliseconds) == (3, 3000, 12000, 1.5)
     assert (one.forwards, one.parameters, one.bytes, one.milliseconds) == (1, 1000, 4000, 0.5)
@@ -94,9 +98,9 @@ def test_costs_follow_from_what_is_computed():
 
 def test_without_a_choice_there_are_the_ways_that_need_none():
     logits, labels = members_of(1.0, 0.8)
-    worth = measure_worth(logits, labels, COST)
+    worth = worth_of(logits, labels)
     assert [row.name for row in worth.rows] == ["newest alone", "all", "geometric", "vote"]
-    single = measure_worth(logits[:1], labels, COST)
+    single = worth_of(logits[:1], labels)
     assert [row.name for row in single.rows] == ["all"]
 
 
@@ -136,7 +140,7 @@ def test_voting_counts_votes_and_breaks_ties_by_probability(order):
     assert all(
         math.isnan(getattr(metrics, name)) for name in ("nll", "ece", "brier", "top5_error", "entropy")
     )
-    vote = measure_worth(logits, labels, COST).row("vote")
+    vote = worth_of(logits, labels).row("vote")
     assert vote.nll_gain is None
     assert vote.metrics.error == metrics.error
 
