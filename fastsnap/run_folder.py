@@ -45,7 +45,17 @@ CONFIG, MANIFEST, METRICS, CHECKPOINT = (
 )
 SNAPSHOTS = "snapshots"
 RESULTS = (MANIFEST, CHECKPOINT, METRICS, SNAPSHOTS)  # what training made, and only training can make again
-EVALUATION = ("ensemble*.json", "error-against-m*.png", "training.png", "tensorboard")
+EVALUATION = (
+    *(
+        "ensemble*.json",
+        "error-against-m*.png",
+        "training.png",
+        "members*.png",
+        "reliability*.png",
+        "cascade*.png",
+    ),
+    *("line-*.png", "against-*.png", "report*.html", "tensorboard"),
+)
 
 
 class DamagedSnapshot(RunError):

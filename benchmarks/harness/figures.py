@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from fastsnap.ensemble.plots import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE, save
+from fastsnap.ensemble.drawing import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE, save
 from harness.measure import PROJECT
 from harness.results import Record
 from harness.tables import figure as figure_text

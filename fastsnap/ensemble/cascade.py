@@ -78,7 +78,8 @@ def choose_threshold(logits_MNC: Tensor, labels_N: Tensor) -> tuple[float, list[
     statistics = average_members(logits_MNC, labels_N, order="last")
     parts = torch.linspace(0, 1, THRESHOLDS, dtype=torch.float64, device=logits_MNC.device)
     thresholds = sorted(set(torch.quantile(statistics.confidence[0].double(), parts).tolist()))
-    thresholds = [*thresholds, 1.1]  # nobody is as sure: all are asked
+    # Whatever the images: the newest alone, and all, since nobody is as sure.
+    thresholds = [0.0, *thresholds, 1.1]
     points = curve(statistics, labels_N, thresholds)
     enough = [point for point in points if point.error <= points[-1].error]
     return min(enough, key=lambda point: point.forwards).threshold, thresholds

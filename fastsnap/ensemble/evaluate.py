@@ -12,8 +12,9 @@ from fastsnap.data.datasets import Dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
 from fastsnap.device import choose_device
+from fastsnap.ensemble.analysis import Analysis, analyse
 from fastsnap.ensemble.cascade import choose_threshold
-from fastsnap.ensemble.choosing import Choice, choose, reason_against
+from fastsnap.ensemble.choosing import Choice, averaged_log_probabilities, choose, reason_against
 from fastsnap.ensemble.combining import COMBINATIONS, MEAN
 from fastsnap.ensemble.decision import decision_of
 from fastsnap.ensemble.forwards import Forwards, OnMember, Passes
@@ -61,6 +62,7 @@ class Report:
     metrics    of these snapshots
     worth      of each way to use them, on the test images; None on others
     choice     made on the held-out images; None, and no_choice says why, where there is none
+    analysis   of what the members' outputs say besides
     line       of networks between two snapshots, where it was asked for
     outputs    what the figures follow from, for pictures and further figures
     seconds    wall-clock time of reading the snapshots, the forward passes and the averaging
@@ -87,6 +89,7 @@ class Report:
     choice: Choice | None = None
     no_choice: str = ""
     line: Line | None = None
+    analysis: Analysis | None = None
     outputs: Outputs | None = field(default=None, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class Report:
             "worth": None if self.worth is None else self.worth.as_json(numbers),
             "decision": None if self.choice is None else asdict(decision_of(self.choice, self.snapshots)),
             "no_decision": self.no_choice or None,
+            "analysis": None if self.analysis is None else self.analysis.as_json(),
             "line": None if self.line is None else asdict(self.line) | {"barrier": self.line.barrier},
             "seconds": self.seconds,
         }
@@ -233,6 +237,7 @@ def evaluate_run(
         choice=decided.choice,
         no_choice=no_choice,
         line=measure_line(space(part), *ends) if ends else None,
+        analysis=_analysis(logits_MNC, labels_N, dataset, decided.choice),
         outputs=Outputs(logits_MNC, labels_N, tuple(dataset.classes)),
         seconds=time.perf_counter() - start,
     )
@@ -269,6 +274,13 @@ def _decide(
         nlls = [mean_nll(logits_NC, labels_N) for logits_NC in logits_MNC]
         soup = choose_soup(space(part), entries, nlls)
     return Decided(choice, threshold, thresholds, soup)
+
+
+def _analysis(logits_MNC: Tensor, labels_N: Tensor, dataset: Dataset, choice: Choice | None) -> Analysis:
+    """Of what was decided, else of all members with equal weights."""
+    weights = choice.taken.weights if choice else [1 / len(logits_MNC)] * len(logits_MNC)
+    log_NC = averaged_log_probabilities(logits_MNC, weights)
+    return analyse(logits_MNC, labels_N, dataset.classes, log_NC, choice.temperature if choice else 1.0)
 
 
 def _training_batches(part: Forwards, seed: int) -> Pipeline:

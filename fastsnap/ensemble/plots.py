@@ -1,33 +1,28 @@
 """The two pictures of a run: error against the number of snapshots averaged; rate and loss over epochs."""
 
-import io
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 from fastsnap.data.plan import training_steps
+from fastsnap.ensemble.choosing import ALL
+from fastsnap.ensemble.drawing import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE, name_figure, save, tidy
 from fastsnap.ensemble.evaluate import Report
+from fastsnap.ensemble.figures import cascade_figure, line_figure, members_figure, reliability_figure
 from fastsnap.ensemble.views import ONE
+from fastsnap.ensemble.worth import DECIDED
 from fastsnap.kernels.schedule import Schedule
-from fastsnap.printing import escaped, literal
-from fastsnap.run_files import RunError, write_atomically
+from fastsnap.run_files import RunError
 from fastsnap.run_folder import RunFolder
 from fastsnap.run_schema import SnapshotEntry, is_own_loop
 
-DOTS_PER_INCH = 160
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 RATE_POINTS = 2000  # finer than the picture's pixels
 LOG_SCALE_FROM = 20.0  # ratio of the largest to the smallest loss
-TITLE_WIDTH = 80  # characters that fit above a figure
-LONG_TITLE_SIZE = 8  # points, of a title of several lines: the widest letters fit, too
 MOST_LABELS, MOST_WORDS = 15, 6  # snapshots that can be numbered, and called "snapshot 1", without crowding
 
 
@@ -49,11 +44,11 @@ def error_figure(report: Report) -> Figure:
         axes.axhline(last_error, color=GREY, linewidth=1, linestyle=":", label=label, zorder=0)
         axes.set_xlim(low - 0.5, high + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _tidy(axes)
+        tidy(axes)
     alone.set(xlabel="snapshot", ylabel="top-1 error (%)", title="each alone")
     together.set(xlabel="m, number of snapshots averaged", title="averaged")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    _name(
+    name_figure(
         figure,
         f"{report.run}: error of {report.net} on {report.dataset} {report.split}, {report.images:,} images"
         + ("" if report.views == ONE else f", {report.views}"),
@@ -83,7 +78,7 @@ def training_figure(
         times, [*rates, rates[-1]], color=BLUE, drawstyle="steps-post"
     )  # a rate holds for its whole update
     rate.set(ylabel="learning rate", ylim=(0, None))
-    _name(figure, title)
+    name_figure(figure, title)
     losses = [record["train_loss"] for record in epochs]
     positions = [record["step"] / updates_per_epoch for record in epochs]
     loss.plot(positions, losses, "o-" if len(losses) < 60 else "-", color=ORANGE, markersize=4)
@@ -92,7 +87,7 @@ def training_figure(
     loss.set(xlabel="epochs", ylabel="training loss (nats)", xlim=(0, done / updates_per_epoch * 1.01))
     for axes in (rate, loss):
         _mark_snapshots(axes, snapshots, updates_per_epoch, numbered=axes is rate)
-        _tidy(axes)
+        tidy(axes)
     return figure
 
 
@@ -112,31 +107,6 @@ def _mark_snapshots(
                 color=GREEN,
                 fontsize=9,
             )
-
-
-def _name(figure: Figure, title: str) -> None:
-    """Put `title`, which holds names of the user's, above the figure: as it is, in as many lines as it needs."""
-    font = get_font(findfont(FontProperties()))
-    shown = "".join(
-        character if font.get_char_index(ord(character)) else escaped(character)
-        for character in literal(title)
-    )
-    lines = textwrap.wrap(shown, TITLE_WIDTH)
-    # $x$ is a formula to matplotlib otherwise, and to TeX, where the user's settings ask for that, far more is.
-    size = LONG_TITLE_SIZE if len(lines) > 1 else None
-    figure.suptitle("\n".join(lines), parse_math=False, usetex=False, fontsize=size)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG, replacing an older one only when complete."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_atomically(path, content.getvalue())
 
 
 def _updates_per_epoch(config: dict[str, Any], metrics: Sequence[dict[str, Any]], run: Path) -> int:
@@ -174,4 +144,33 @@ def save_plots(folder: RunFolder, report: Report, out: Path, suffix: str = "") -
     title = f"{report.run}: learning rate and training loss, {report.net} on {report.dataset}"
     figure = training_figure(title, schedule, updates_per_epoch, metrics, snapshots)
     save(figure, out / names[1])
+    for name, drawn in analysis_figures(report).items():
+        names.append(f"{name}{suffix}.png")
+        save(drawn, out / names[-1])
     return names
+
+
+def analysis_figures(report: Report) -> dict[str, Figure]:
+    """Those that the report has something for, by name."""
+    figures: dict[str, Figure] = {}
+    about = f"{report.net} on {report.dataset} {report.split}, {report.images:,} images"
+    numbers = [entry.number for entry in report.snapshots]
+    analysis, worth = report.analysis, report.worth
+    if analysis and len(numbers) > 1:
+        title = f"{report.run}: how snapshots differ, {about}"
+        figures["members"] = members_figure(title, numbers, analysis.correlation, analysis.disagreement)
+    if analysis and worth and report.choice:
+        temperature = report.choice.temperature
+        eces = (worth.row(report.choice.taken.method).metrics.ece, worth.row(DECIDED).metrics.ece)
+        title = f"{report.run}: reliability of what was decided, {about}"
+        figures["reliability"] = reliability_figure(
+            title, analysis.untempered, analysis.tempered, temperature, eces
+        )
+    if worth and worth.threshold is not None:
+        title = f"{report.run}: asking older snapshots only while unsure, {about}"
+        alone, together = report.metrics.alone[-1], worth.row(ALL).metrics
+        figures["cascade"] = cascade_figure(title, worth.cascade, worth.threshold, alone, together)
+    if report.line is not None:
+        title = f"{report.run}: between two snapshots, {about}"
+        figures[f"line-{report.line.first}-{report.line.second}"] = line_figure(title, report.line)
+    return figures

@@ -11,7 +11,7 @@ from fastsnap.ensemble.combining import GEOMETRIC, MEAN, VOTE
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.metrics import Difference, Metrics
 from fastsnap.ensemble.views import ONE, VIEWS
-from fastsnap.ensemble.worth import DECIDED, WAYS, Row, Worth
+from fastsnap.ensemble.worth import AVERAGE, DECIDED, SOUP, WAYS, Row, Worth
 from fastsnap.printing import print_line
 
 WIDEST_TABLE = (
@@ -52,7 +52,7 @@ def print_report(report: Report, console: Console) -> None:
         table.width = console.measure(table, options=console.options.update(width=WIDEST_TABLE)).maximum
         console.print(table, crop=False)
         console.print()
-    for text in (summary(report), *decision_texts(report), *_advice(report)):
+    for text in (summary(report), *decision_texts(report), *barrier_texts(report), *_advice(report)):
         print_line(console, text)
 
 
@@ -107,6 +107,8 @@ def way_name(row: Row) -> str:
     name = WAYS.get(row.name, row.name)
     if row.name == LAST:
         name = f"last {len(row.members)}"
+    elif row.name == AVERAGE:
+        name = f"weights, last {len(row.members)}"
     elif row.name == DECIDED:
         name = f"decided, T {row.temperature:.3g}"
     return name
@@ -193,6 +195,32 @@ def decision_texts(report: Report) -> list[str]:
         texts.append(
             f"No image is held out of {len(choice.missing):,} of the {report.classes:,} classes: what was decided "
             "knows nothing of them; --validation N with a larger N holds out more."
+        )
+    return texts
+
+
+def barrier_texts(report: Report) -> list[str]:
+    """Where averaged weights are worse than a member is, and what the line between two snapshots shows."""
+    texts = []
+    rows = report.worth.rows if report.worth else ()
+    numbers = [entry.number for entry in report.snapshots]
+    for row in rows:
+        if row.name not in (AVERAGE, SOUP):
+            continue
+        best = min(row.members, key=lambda member: report.metrics.alone[member].error)
+        alone = report.metrics.alone[best].error
+        if row.metrics.error > alone:
+            named = ranges([numbers[member] for member in row.members])
+            texts.append(
+                f"warning: the averaged weights of snapshots {named} are worse than snapshot {numbers[best]} alone "
+                f"({row.metrics.error:.2f} against {alone:.2f} %): a barrier lies between "
+                "snapshots of different cycles (--interpolate)."
+            )
+    if report.line is not None:
+        low, high = sorted((report.line.first, report.line.second))
+        texts.append(
+            f"Between snapshots {low} and {high} the error rises {max(0.0, report.line.barrier):.2f} points above the "
+            "straight line, with BatchNorm's statistics gathered anew."
         )
     return texts
 

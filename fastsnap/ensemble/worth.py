@@ -32,6 +32,8 @@ WAYS = {
     WEIGHTED: "weighted",
     GEOMETRIC: "all, geometric",
     VOTE: "all, voting",
+    "greedy weights": "weights, greedy",
+    "running mean": "weights, running",
 }
 DECIDED, NEWEST, CASCADE = "decided", "newest alone", "cascade"
 # Single networks, of averaged weights.
