@@ -12,16 +12,20 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastsnap import __version__
 from fastsnap.command_line import add_computing, on_ranks, parsed_once, snapshot_numbers, until_stopped
+from fastsnap.data.datasets import check_name
+from fastsnap.data.folder import FOLDERS
 from fastsnap.device import choose_device, take_gpu
+from fastsnap.ensemble.against import FOLDER
 from fastsnap.ensemble.combining import COMBINATIONS, MEAN
 from fastsnap.ensemble.evaluate import BATCH_SIZE, assist_evaluation
 from fastsnap.ensemble.inputs import SPLITS
-from fastsnap.ensemble.report import report_run
+from fastsnap.ensemble.report import compare_runs, report_run
 from fastsnap.ensemble.views import MIRROR, ONE, TEN_CROP
 from fastsnap.limits import choose_threads
 from fastsnap.printing import ArgumentParser, is_lost, make_console
@@ -41,7 +45,11 @@ def _parser() -> argparse.ArgumentParser:
         "calibration error (ECE, 15 bins) 0 to 1, Brier score 0 to 2; lower is better in every column.",
     )
     parser.add_argument(
-        "run", metavar="RUN", nargs="?", help=f"run folder (default: the newest under {RUNS}/)"
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        help=f"run folder (default: the newest under {RUNS}/); several: how they compare with the first one on the "
+        "same test images, and over seeds where they differ in nothing else",
     )
     parser.add_argument(
         "--snapshots",
@@ -84,10 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--interpolate",
         metavar="N,N",
-        type=snapshot_numbers,
         nargs="?",
-        const=[],
+        const="",
         help="also evaluate networks on the line between two snapshots (default: the last two)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar=("NAME", "DIR"),
+        nargs="+",
+        help="also tell another data set from the test images by how unsure the ensemble is (AUROC): its name, such as "
+        "svhn, from --data; or folder and a folder of pictures",
     )
     parser.add_argument(
         "--json",
@@ -121,6 +135,38 @@ def _check_json_path(path: str | None) -> None:
         raise ValueError(f"cannot write --json {path}: it is a folder; name a file")
 
 
+def _require_for_one(options: argparse.Namespace) -> None:
+    """Raise ValueError for what is asked of several runs, but is of one only."""
+    given = {
+        "--snapshots": options.snapshots,
+        "--split": options.split != "test",
+        "--combine": options.combine != MEAN,
+        "--averages": options.averages,
+        "--interpolate": options.interpolate is not None,
+        "--against": options.against,
+    }
+    for flag, value in given.items():
+        if value:
+            raise ValueError(
+                f"{flag} is for one run, got {len(options.runs)}: {', '.join(options.runs)}; runs are compared on all "
+                "test images with all that each has"
+            )
+
+
+def _against(options: argparse.Namespace, folder: RunFolder, ranks: Ranks) -> tuple[str, Path] | None:
+    """The data set to tell apart, and where it is: a data set by name lies where the run's own did, unless told."""
+    if not options.against:
+        return None
+    if ranks.count > 1 or options.split != "test":
+        raise ValueError("--against needs a single process and --split test")
+    name, place = options.against
+    if name != FOLDER:
+        check_name(name)
+        if name in FOLDERS:
+            raise ValueError(f"--against {name} must be a folder of pictures: --against folder DIR")
+    return name, Path(place or folder.config().get("data") or "data")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for an error of use, 128 + signal if stopped by one.
 
@@ -129,34 +175,65 @@ def main(arguments: list[str] | None = None) -> int:
     return on_ranks(lambda ranks: until_stopped(lambda: _evaluate(arguments, ranks)))
 
 
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """With --against as a pair, or None, and --interpolate as numbers: what follows their own words are runs."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.interpolate and Path(options.interpolate).is_dir():
+        options.runs, options.interpolate = [options.interpolate, *options.runs], ""
+    if options.interpolate is not None:
+        try:
+            options.interpolate = snapshot_numbers(options.interpolate) if options.interpolate else []
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --interpolate: {error}")
+    if options.against:
+        name, *rest = options.against
+        if name == FOLDER and not rest:
+            raise ValueError("--against folder needs the folder of the pictures: --against folder DIR")
+        own = rest[:1] if name == FOLDER else [options.data or ""]
+        options.runs += rest[1:] if name == FOLDER else rest
+        options.against = (name, own[0])
+    return options
+
+
 def _evaluate(arguments: list[str] | None, ranks: Ranks) -> int:
-    options = parsed_once(lambda: _parser().parse_args(arguments), ranks)
+    options = parsed_once(lambda: _parse(arguments), ranks)
     keep_freed_memory()
     device = choose_device(options.device)
     take_gpu(device, ranks.local_rank, ranks.local_count)
     torch.set_num_threads(choose_threads(options.threads, sharing=ranks.local_count).count)
     ranks.open(device, TIMEOUT)
     if not ranks.is_first:
-        assist_evaluation(ranks, RunFolder(options.run or RUNS), data=options.data, device=device)
+        for run in options.runs or [RUNS]:
+            assist_evaluation(ranks, RunFolder(run), data=options.data, device=device)
         return 0
     _check_json_path(options.json)
     console = make_console(stderr=options.json == "-")
+    common: dict[str, Any] = {
+        "console": console,
+        "json_path": options.json,
+        "out": Path(options.out) if options.out else None,
+        "data": options.data,
+        "batch_size": options.batch_size,
+        "device": device,
+        "precision": options.precision,
+        "views": options.views,
+        "ranks": ranks,
+    }
+    if len(options.runs) > 1:
+        _require_for_one(options)
+        compare_runs([RunFolder(run) for run in options.runs], **common)
+        return 128 + signal.SIGPIPE if is_lost(console) else 0
+    folder = RunFolder(options.runs[0]) if options.runs else newest_run()
     report_run(
-        RunFolder(options.run) if options.run else newest_run(),
-        console=console,
-        json_path=options.json,
-        out=Path(options.out) if options.out else None,
-        data=options.data,
+        folder,
         snapshots=options.snapshots,
         split=options.split,
-        batch_size=options.batch_size,
-        device=device,
-        precision=options.precision,
-        views=options.views,
         combine=options.combine,
         averages=options.averages,
         interpolate=options.interpolate,
-        ranks=ranks,
+        against=_against(options, folder, ranks),
+        **common,
     )
     return 128 + signal.SIGPIPE if is_lost(console) else 0
 

@@ -39,7 +39,8 @@ from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.fingerprint import image_sets, require_same_images
 from fastsnap.data.sources import Dataset
 from fastsnap.device import choose_device, take_gpu
-from fastsnap.ensemble.evaluate import assist_evaluation
+from fastsnap.ensemble.evaluate import Report, assist_evaluation
+from fastsnap.ensemble.plots import figures_of
 from fastsnap.ensemble.report import report_run
 from fastsnap.ensemble.teaching import EnsembleTeacher
 from fastsnap.limits import format_bytes
@@ -129,6 +130,14 @@ def train(
             trainer.on_record = board.add if board else trainer.on_record
             trainer.run(display)
     return folder, dataset
+
+
+def _show_pictures(folder: RunFolder, report: Report) -> None:
+    """The evaluation's, in TensorBoard."""
+    step = report.snapshots[-1].step
+    with contextlib.closing(TensorBoard(folder.path, step)) as board:
+        for name, figure in figures_of(folder, report).items():
+            board.add_picture(name, figure, step)
 
 
 def _begin(config: TrainConfig, folder: RunFolder, ranks: Ranks, *, restart: bool) -> dict[str, Any]:
@@ -269,7 +278,7 @@ def _main(arguments: list[str] | None, ranks: Ranks) -> int:
             folder, dataset = train(config, console, restart=restart, ranks=ranks)
             options: dict[str, Any] = {"dataset": dataset, "device": choose_device(config.device)}
             if ranks.is_first:
-                report_run(
+                report = report_run(
                     folder,
                     precision=config.precision,
                     console=console,
@@ -277,6 +286,8 @@ def _main(arguments: list[str] | None, ranks: Ranks) -> int:
                     ranks=ranks,
                     **options,
                 )
+                if config.tensorboard:
+                    _show_pictures(folder, report)
             else:
                 assist_evaluation(ranks, folder, check_memory=False, **options)
     except TrainingStopped as stopped:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_run import small_dataset, small_run
 
 from fastsnap.ensemble.evaluate import evaluate_run
-from fastsnap.ensemble.plots import save_plots
+from fastsnap.ensemble.plots import figures_of, save_plots
 from fastsnap.run_files import RunError
 from fastsnap.run_folder import RunFolder
 from fastsnap.run_schema import MOST_BYTES
@@ -272,4 +272,4 @@ def test_whatever_the_files_hold_the_error_is_a_run_error(
 
 def evaluated(folder: RunFolder) -> None:
     report = evaluate_run(folder, dataset=small_dataset(), device=torch.device("cpu"), precision="fp32")
-    save_plots(folder, report, folder.path)
+    save_plots(figures_of(folder, report), folder.path)

@@ -14,6 +14,7 @@ from fastsnap.run_files import write_atomically
 DOTS_PER_INCH = 160
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+PINK, YELLOW = "#CC79A7", "#E69F00"
 TITLE_WIDTH = 80  # characters that fit above a figure
 LONG_TITLE_SIZE = 8  # points, of a title of several lines: the widest letters fit, too
 

@@ -12,6 +12,7 @@ from fastsnap.data.datasets import Dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
 from fastsnap.device import choose_device
+from fastsnap.ensemble.against import Against
 from fastsnap.ensemble.analysis import Analysis, analyse
 from fastsnap.ensemble.cascade import choose_threshold
 from fastsnap.ensemble.choosing import Choice, averaged_log_probabilities, choose, reason_against
@@ -63,6 +64,7 @@ class Report:
     worth      of each way to use them, on the test images; None on others
     choice     made on the held-out images; None, and no_choice says why, where there is none
     analysis   of what the members' outputs say besides
+    against    another data set, where it was asked for
     line       of networks between two snapshots, where it was asked for
     outputs    what the figures follow from, for pictures and further figures
     seconds    wall-clock time of reading the snapshots, the forward passes and the averaging
@@ -90,6 +92,7 @@ class Report:
     no_choice: str = ""
     line: Line | None = None
     analysis: Analysis | None = None
+    against: Against | None = None
     outputs: Outputs | None = field(default=None, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -118,6 +121,7 @@ class Report:
             "decision": None if self.choice is None else asdict(decision_of(self.choice, self.snapshots)),
             "no_decision": self.no_choice or None,
             "analysis": None if self.analysis is None else self.analysis.as_json(),
+            "against": None if self.against is None else self.against.as_json(),
             "line": None if self.line is None else asdict(self.line) | {"barrier": self.line.barrier},
             "seconds": self.seconds,
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsnap.device import AUTOCAST_DTYPES
 from fastsnap.ensemble.combination import Combination, combine, combine_plainly
 from fastsnap.ensemble.members import Members, describe_members
-from fastsnap.ensemble.own_network import logits_of
+from fastsnap.ensemble.outputs import logits_of
 from fastsnap.ensemble.predictions import Predictions, joined
 from fastsnap.ensemble.preprocessing import Picture, Preprocessing, require_uint8
 from fastsnap.ensemble.reading import BATCH_SIZE, Batch, listed, read_batches

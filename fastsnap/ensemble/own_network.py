@@ -16,6 +16,7 @@ from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.forwards import load_member
 from fastsnap.ensemble.inputs import SPLITS, choose_snapshots, evaluation_precision
 from fastsnap.ensemble.metrics import measure_members
+from fastsnap.ensemble.outputs import logits_of
 from fastsnap.ensemble.report import publish
 from fastsnap.ensemble.views import ONE
 from fastsnap.printing import make_console
@@ -201,22 +202,6 @@ def _logits(network: nn.Module, images: Tensor, count: int, classes: int, precis
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         output = network(images)
     return logits_of(output, count, classes)
-
-
-def logits_of(output: Any, count: int, classes: int) -> Tensor:
-    """Logits [count, classes], float32, from what a network returned: them, an object that has them as `.logits`, or a
-    tuple of them and more. Raises ValueError for anything else.
-    """
-    if not isinstance(output, Tensor):
-        output = getattr(output, "logits", output)
-        output = output[0] if isinstance(output, tuple) else output
-    if not isinstance(output, Tensor) or output.shape != (count, classes):
-        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(
-            f"the network must return logits [{count}, {classes}], the images and the classes of the run, or an object "
-            f"with .logits, got {got}"
-        )
-    return output.float()
 
 
 def _require_labels(labels_N: Tensor, classes: int) -> None:

@@ -1,7 +1,7 @@
 """The two pictures of a run: error against the number of snapshots averaged; rate and loss over epochs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,24 @@ from matplotlib.ticker import MaxNLocator
 
 from fastsnap.data.plan import training_steps
 from fastsnap.ensemble.choosing import ALL
-from fastsnap.ensemble.drawing import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE, name_figure, save, tidy
+from fastsnap.ensemble.drawing import (
+    BLUE,
+    DOTS_PER_INCH,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    YELLOW,
+    name_figure,
+    save,
+    tidy,
+)
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.figures import cascade_figure, line_figure, members_figure, reliability_figure
 from fastsnap.ensemble.views import ONE
 from fastsnap.ensemble.worth import DECIDED
 from fastsnap.kernels.schedule import Schedule
+from fastsnap.printing import literal
 from fastsnap.run_files import RunError
 from fastsnap.run_folder import RunFolder
 from fastsnap.run_schema import SnapshotEntry, is_own_loop
@@ -56,6 +68,26 @@ def error_figure(report: Report) -> Figure:
     return figure
 
 
+def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Figure:
+    """Top-1 error, percent, of the last m averaged, for several runs on the same images."""
+    figure = Figure(figsize=(7.5, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots()
+    colours = (BLUE, ORANGE, GREEN, PINK, YELLOW, GREY)
+    for index, (report, name) in enumerate(zip(reports, names, strict=True)):
+        errors = [metrics.error for metrics in report.metrics.last_m]
+        style = ("o-", "s--", "^:")[index // len(colours) % 3]
+        colour = colours[index % len(colours)]
+        label = literal(name).replace("$", r"\$")
+        axes.plot(range(1, len(errors) + 1), errors, style, color=colour, label=label, markersize=5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlabel="m, number of last snapshots averaged", ylabel="top-1 error (%)")
+    tidy(axes)
+    figure.legend(loc="outside lower center", ncols=min(3, len(reports)), frameon=False, fontsize=9)
+    first = reports[0]
+    name_figure(figure, f"{first.dataset} {first.split}, {first.images:,} images")
+    return figure
+
+
 def training_figure(
     title: str,
     schedule: Schedule,
@@ -65,7 +97,8 @@ def training_figure(
 ) -> Figure:
     """Learning rate (top) and training loss (bottom) over the epochs, with the snapshots marked.
 
-    epochs     lines of metrics.jsonl: "step" (updates done), "train_loss"; none in the first epoch
+    epochs     lines of metrics.jsonl: "step" (updates done), "train_loss", and of a cycle's end the losses of the
+               held-out images; none in the first epoch
     snapshots  at least one
     """
     figure = Figure(figsize=(9, 5.2), dpi=DOTS_PER_INCH, layout="constrained")
@@ -82,6 +115,16 @@ def training_figure(
     losses = [record["train_loss"] for record in epochs]
     positions = [record["step"] / updates_per_epoch for record in epochs]
     loss.plot(positions, losses, "o-" if len(losses) < 60 else "-", color=ORANGE, markersize=4)
+    for name, text, style in (
+        ("validation_loss", "held-out images, fresh snapshot", "s"),
+        ("ensemble_loss", "held-out images, all so far", "D"),
+    ):
+        ends = [record for record in epochs if record.get(name) is not None]
+        if ends:
+            places = [record["step"] / updates_per_epoch for record in ends]
+            loss.plot(places, [record[name] for record in ends], style, label=text, markersize=5)
+    if loss.get_legend_handles_labels()[1]:
+        loss.legend(frameon=False, fontsize=8)
     if losses and 0 < LOG_SCALE_FROM * min(losses) < max(losses):
         loss.set_yscale("log")
     loss.set(xlabel="epochs", ylabel="training loss (nats)", xlim=(0, done / updates_per_epoch * 1.01))
@@ -126,10 +169,26 @@ def _updates_per_epoch(config: dict[str, Any], metrics: Sequence[dict[str, Any]]
     return min(lengths)[0]
 
 
-def save_plots(folder: RunFolder, report: Report, out: Path, suffix: str = "") -> list[str]:
-    """Write error-against-m<suffix>.png and training.png into the folder `out`, and return their names."""
-    names = [f"error-against-m{suffix}.png", "training.png"]
-    save(error_figure(report), out / names[0])
+TRAINING = "training"
+
+
+def save_plots(figures: Mapping[str, Figure], out: Path, suffix: str = "") -> list[str]:
+    """Write each of `figures_of` a report into the folder `out`, as <name><suffix>.png, and return their names."""
+    names = []
+    for name, figure in figures.items():
+        # What training did is the same for every split and choice of snapshots.
+        names.append(f"{name}{'' if name == TRAINING else suffix}.png")
+        save(figure, out / names[-1])
+    return names
+
+
+def figures_of(folder: RunFolder, report: Report) -> dict[str, Figure]:
+    """All that there is something for, by name: the first two are error-against-m and training."""
+    figures = {"error-against-m": error_figure(report), TRAINING: _training_figure_of(folder, report)}
+    return figures | analysis_figures(report)
+
+
+def _training_figure_of(folder: RunFolder, report: Report) -> Figure:
     config = folder.config()
     metrics, snapshots = folder.metrics(), folder.snapshots()
     updates_per_epoch = _updates_per_epoch(config, metrics, folder.path)
@@ -142,12 +201,7 @@ def save_plots(folder: RunFolder, report: Report, out: Path, suffix: str = "") -
     except ValueError as error:
         raise RunError(f"{folder.path / 'config.json'} is damaged: {error}; put back a copy of it") from error
     title = f"{report.run}: learning rate and training loss, {report.net} on {report.dataset}"
-    figure = training_figure(title, schedule, updates_per_epoch, metrics, snapshots)
-    save(figure, out / names[1])
-    for name, drawn in analysis_figures(report).items():
-        names.append(f"{name}{suffix}.png")
-        save(drawn, out / names[-1])
-    return names
+    return training_figure(title, schedule, updates_per_epoch, metrics, snapshots)
 
 
 def analysis_figures(report: Report) -> dict[str, Figure]:

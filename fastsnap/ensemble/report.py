@@ -9,15 +9,22 @@ import json
 import os
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from fastsnap.ensemble.against import Against, measure_against
+from fastsnap.ensemble.combination import combine
 from fastsnap.ensemble.combining import MEAN
-from fastsnap.ensemble.evaluate import Report, evaluate_run
-from fastsnap.ensemble.plots import save_plots
-from fastsnap.ensemble.tables import print_report, ranges
+from fastsnap.ensemble.comparison import RunComparison, compare, require_comparable
+from fastsnap.ensemble.drawing import save
+from fastsnap.ensemble.evaluate import BATCH_SIZE, Report, evaluate_run
+from fastsnap.ensemble.loading import load_ensemble
+from fastsnap.ensemble.plots import comparison_figure, figures_of, save_plots
+from fastsnap.ensemble.tables import print_comparison, print_report, ranges
 from fastsnap.ensemble.views import ONE
 from fastsnap.printing import OutputLost, print_line, write_output
 from fastsnap.run_files import RunError, require_writable, write_atomically
@@ -33,12 +40,14 @@ def report_run(
     json_path: str | None = None,
     out: Path | None = None,
     precision: str = "auto",
+    against: tuple[str, Path] | None = None,
     **options: Any,
 ) -> Report:
     """Evaluate the run in `folder`, save its JSON and plots, and print the tables on `console`.
 
     json_path  write the JSON there as well, "-" for standard output
     out        folder for JSON and plots; default: the run's
+    against    name and folder of another data set, to tell apart from the test images: see against.measure_against
     precision  and options: those of evaluate_run
     Raises ValueError for what evaluate_run cannot do, for a folder that cannot be written to, before evaluating, and
     for files that cannot be saved after all: the tables are printed then, too.
@@ -54,8 +63,86 @@ def report_run(
             precision=precision,
             **options,
         )
+        if against:
+            status.update(f"looking at {against[0]}")
+            report = replace(report, against=_against(folder, report, *against, options))
     publish(report, folder, console, out, asked_precision=precision, json_path=json_path)
     return report
+
+
+def _against(folder: RunFolder, report: Report, name: str, place: Path, options: dict[str, Any]) -> Against:
+    """With the members, weights and temperature of the report."""
+    choice, outputs = report.choice, report.outputs
+    assert outputs is not None
+    members = choice.taken.members if choice else list(range(len(report.snapshots)))
+    weights = [choice.taken.weights[member] if choice else 1.0 for member in members]
+    temperature = choice.temperature if choice else 1.0
+    ensemble = load_ensemble(
+        folder.path,
+        snapshots=[report.snapshots[member].number for member in members],
+        weights=weights,
+        temperature=temperature,
+        device=options.get("device"),
+        precision=report.precision,
+        data=options.get("data"),
+    )
+    test = combine(outputs.logits[members], weights, temperature)
+    size = options.get("batch_size") or BATCH_SIZE
+    return measure_against(ensemble, test, name, place, size, torch.get_num_threads())
+
+
+def compare_runs(
+    folders: Sequence[RunFolder],
+    *,
+    console: Console,
+    json_path: str | None = None,
+    out: Path | None = None,
+    **options: Any,
+) -> RunComparison:
+    """Evaluate the runs in `folders` on the same test images, and print how they compare with the first one.
+
+    json_path  write the JSON there, "-" for standard output
+    out        folder for comparison.json and comparison.png; default: they are not kept
+    options    those of evaluate_run
+    Raises ValueError for runs that cannot be compared, as report_run does else.
+    """
+    names = names_of(folders)
+    configs = [folder.config() for folder in folders]
+    require_comparable(configs, names)
+    if out is not None:
+        require_writable(out)
+    reports = []
+    with console.status("reading the data", spinner="line") as status:
+        for name, folder in zip(names, folders, strict=True):
+            status.update(f"evaluating {name}")
+            reports.append(evaluate_run(folder, **options))
+    comparison = compare(reports, configs, names)
+    text = json.dumps(comparison.as_json(), indent=2, allow_nan=False) + "\n"
+    if out is not None:
+        write_atomically(out / "comparison.json", text.encode())
+        save(comparison_figure(reports, names), out / "comparison.png")
+    if json_path and json_path != "-":
+        _write_json(Path(json_path), text)
+    arrived = write_output(text) if json_path == "-" else True
+    print_comparison(comparison, console)
+    if not arrived:
+        raise OutputLost
+    if out is not None:
+        print_line(console, f"saved comparison.json and comparison.png in {out}")
+    return comparison
+
+
+def names_of(folders: Sequence[RunFolder]) -> list[str]:
+    """Of the folders alone where these differ, else with all that is before them.
+
+    Raises RunError for a run that is named twice.
+    """
+    places = [folder.path.resolve() for folder in folders]
+    twice = sorted({str(place) for place in places if places.count(place) > 1})
+    if twice:
+        raise RunError(f"runs to compare must be different ones, got {', '.join(twice)} more than once")
+    short = [place.name for place in places]
+    return short if len(set(short)) == len(short) else [str(folder.path) for folder in folders]
 
 
 def publish(
@@ -73,7 +160,7 @@ def publish(
     try:
         saved = _save(report, folder, out, file_suffix(report, asked_precision))
         if json_path and json_path != "-":
-            _write_json(Path(json_path), report)
+            _write_json(Path(json_path), _as_text(report))
     except RunError as error:
         failure = error
     arrived = write_output(_as_text(report)) if json_path == "-" else True
@@ -109,19 +196,19 @@ def file_suffix(report: Report, asked_precision: str) -> str:
 def _save(report: Report, folder: RunFolder, out: Path, suffix: str) -> Sequence[str]:
     name = f"ensemble{suffix}.json"
     write_atomically(out / name, _as_text(report).encode())
-    return [name, *save_plots(folder, report, out, suffix)]
+    return [name, *save_plots(figures_of(folder, report), out, suffix)]
 
 
-def _write_json(path: Path, report: Report) -> None:
-    """Write ensemble.json's content at `path`. Raises RunError if that fails."""
+def _write_json(path: Path, text: str) -> None:
+    """Write `text` at `path`. Raises RunError if that fails."""
     try:
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            path.write_text(_as_text(report))  # a pipe or a device, which nothing can take the place of
+            path.write_text(text)  # a pipe or a device, which nothing can take the place of
             return
     except OSError as error:
         raise RunError(f"cannot write --json {path}: {error.strerror}") from error
     # Where a link leads to, so that the link stays.
-    write_atomically(Path(os.path.realpath(path)), _as_text(report).encode())
+    write_atomically(Path(os.path.realpath(path)), text.encode())
 
 
 def _as_text(report: Report) -> str:

@@ -6,13 +6,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fastsnap.ensemble.against import Against
 from fastsnap.ensemble.choosing import ALL, LAST, Choice
 from fastsnap.ensemble.combining import GEOMETRIC, MEAN, VOTE
+from fastsnap.ensemble.comparison import RunComparison, Spread
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.metrics import Difference, Metrics
 from fastsnap.ensemble.views import ONE, VIEWS
 from fastsnap.ensemble.worth import AVERAGE, DECIDED, SOUP, WAYS, Row, Worth
-from fastsnap.printing import print_line
+from fastsnap.printing import literal, print_line
 
 WIDEST_TABLE = (
     200  # characters; terminals and files that are narrower than a table get whole lines, no cut cells
@@ -46,13 +48,20 @@ def print_report(report: Report, console: Console) -> None:
     for text in paragraphs:
         print_line(console, text)
         console.print()
+    against = [] if report.against is None else [against_text(report.against)]
     worth = report.worth if len(report.snapshots) > 1 else None
     worths = [] if worth is None else [_worth_table(report, worth), _gains_table(worth)]
     for table in (_members_table(report), _last_m_table(report), *worths):
         table.width = console.measure(table, options=console.options.update(width=WIDEST_TABLE)).maximum
         console.print(table, crop=False)
         console.print()
-    for text in (summary(report), *decision_texts(report), *barrier_texts(report), *_advice(report)):
+    for text in (
+        summary(report),
+        *decision_texts(report),
+        *barrier_texts(report),
+        *_advice(report),
+        *against,
+    ):
         print_line(console, text)
 
 
@@ -124,6 +133,68 @@ def _gain(gain: Difference | None, digits: int) -> tuple[str, str]:
 
 def _number(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def print_comparison(comparison: RunComparison, console: Console) -> None:
+    """The runs, and the groups of runs that differ only in their seeds."""
+    console.print()
+    print_line(console, f"{comparison.dataset} test, {comparison.images:,} images")
+    console.print()
+    of_runs = ("error %", "NLL", "error diff.", "95 % interval", "NLL diff.", "95 % interval")
+    table = _table(
+        "Runs, and how they differ from the first one, image by image", "run", "way", metrics=of_runs
+    )
+    for row in comparison.rows:
+        gains: tuple[str, ...] = ("",) * 4
+        if row.run != comparison.rows[0].run:
+            gains = (*_gain(row.error_difference, 2), *_gain(row.nll_difference, 4))
+        run = literal(row.run, console.encoding)
+        table.add_row(run, WAYS.get(row.way, row.way), f"{row.error:.2f}", f"{row.nll:.4f}", *gains)
+    tables = [table]
+    if comparison.groups:
+        columns = ("seeds", "error %", "95 % interval", "error diff.", "95 % interval")
+        table = _table(
+            "Over seeds, and how groups differ from the first one", "group", "way", metrics=columns
+        )
+        for group in comparison.groups:
+            for way, error in group.errors.items():
+                against = group.against_first.get(way)
+                cells = ("", "") if against is None else _spread(against, "+.2f")
+                table.add_row(
+                    literal(group.name, console.encoding),
+                    WAYS.get(way, way),
+                    f"{len(group.seeds)}",
+                    *_spread(error, ".2f"),
+                    *cells,
+                )
+        tables.append(table)
+    for table in tables:
+        for column in table.columns[:2]:
+            column.justify = "left"
+        table.width = console.measure(table, options=console.options.update(width=WIDEST_TABLE)).maximum
+        console.print(table, crop=False)
+        console.print()
+    if comparison.groups:
+        print_line(
+            console, "Intervals over seeds are Student's, paired where the seeds are the same, else Welch's."
+        )
+
+
+def _spread(value: Spread, form: str) -> tuple[str, str]:
+    if value.interval is None:
+        return f"{value.mean:{form}}", "-"
+    low, high = value.interval
+    return f"{value.mean:{form}}", f"{low:{form}} to {high:{form}}"
+
+
+def against_text(against: Against) -> str:
+    """How well it tells the other set from the test split."""
+    text = f"Against {against.name} ({against.images:,} images): AUROC {against.entropy:.4f} by entropy"
+    if against.mutual_information is not None:
+        text += f", {against.mutual_information:.4f} by mutual information"
+    if against.skipped:
+        text += f"; {against.skipped:,} pictures cannot be decoded"
+    return text + "."
 
 
 def _table(title: str, *columns: str, metrics: tuple[str, ...] = METRIC_COLUMNS) -> Table:

@@ -10,7 +10,7 @@ from small_run import small_dataset, small_run
 
 from fastsnap.ensemble.drawing import save
 from fastsnap.ensemble.evaluate import evaluate_run
-from fastsnap.ensemble.plots import error_figure, save_plots, training_figure
+from fastsnap.ensemble.plots import error_figure, figures_of, save_plots, training_figure
 from fastsnap.kernels.schedule import Schedule
 from fastsnap.printing import literal
 from fastsnap.run_files import RunError
@@ -105,7 +105,7 @@ def test_names_are_drawn_as_they_are(tmp_path, name):
 )  # the last: still in its first epoch
 def test_pictures_of_any_run_are_readable_files(tmp_path, snapshots, planned):
     folder, report = evaluated(tmp_path / "run", snapshots=snapshots, planned=planned)
-    save_plots(folder, report, folder.path)
+    save_plots(figures_of(folder, report), folder.path)
     for name in ("error-against-m.png", "training.png"):
         height, width = imread(folder.path / name).shape[:2]
         assert width > height > 500
@@ -125,7 +125,7 @@ def test_metrics_that_make_no_sense_are_an_error_that_names_the_file(tmp_path, l
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     (folder.path / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(line)]) + "\n")
     with pytest.raises(RunError, match=f"metrics.jsonl.*{named}"):
-        save_plots(folder, report, tmp_path)
+        save_plots(figures_of(folder, report), tmp_path)
 
 
 def test_a_run_of_version_0_1_0_is_drawn_also_without_its_metrics(tmp_path):
@@ -136,4 +136,4 @@ def test_a_run_of_version_0_1_0_is_drawn_also_without_its_metrics(tmp_path):
     }  # as if a rest had been a batch of its own
     folder.write_json("config.json", config | {"images": few})
     (folder.path / "metrics.jsonl").unlink()
-    assert save_plots(folder, report, tmp_path)[:2] == ["error-against-m.png", "training.png"]
+    assert save_plots(figures_of(folder, report), tmp_path)[:2] == ["error-against-m.png", "training.png"]
