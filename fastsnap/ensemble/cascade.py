@@ -1,9 +1,11 @@
 """A cascade: the newest snapshot is asked first, the ones before it only while their average is unsure.
 
-An image is answered by the average of the last k members for the first k whose confidence reaches the threshold, else
-by that of all. All of it follows from one pass of the averaging kernel over the kept logits.
+Its members are those that were decided on, with their weights. An image is answered by the average of the last k of
+them for the first k whose confidence reaches the threshold, else by that of all. All of it follows from one pass of the
+averaging kernel over the kept logits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +71,22 @@ def curve(statistics: EnsembleStatistics, labels_N: Tensor, thresholds: list[flo
     return points
 
 
-def choose_threshold(logits_MNC: Tensor, labels_N: Tensor) -> tuple[float, list[float]]:
+def asked_in_turn(logits_MNC: Tensor, labels_N: Tensor, weights: Sequence[float]) -> EnsembleStatistics:
+    """Of the averages of the last m of the members that have weight, for m = 1 to all of these."""
+    members = [member for member, weight in enumerate(weights) if weight]
+    counting = [weights[member] for member in members]
+    return average_members(logits_MNC[members], labels_N, order="last", weights=counting)
+
+
+def choose_threshold(
+    logits_MNC: Tensor, labels_N: Tensor, weights: Sequence[float]
+) -> tuple[float, list[float]]:
     """On held-out images: the threshold of the fewest forwards whose error there is no higher than that of all members
     together, and the thresholds that were tried, which are those of the curve.
 
     Equally spaced in the number of images that the newest member is sure enough of.
     """
-    statistics = average_members(logits_MNC, labels_N, order="last")
+    statistics = asked_in_turn(logits_MNC, labels_N, weights)
     parts = torch.linspace(0, 1, THRESHOLDS, dtype=torch.float64, device=logits_MNC.device)
     thresholds = sorted(set(torch.quantile(statistics.confidence[0].double(), parts).tolist()))
     # Whatever the images: the newest alone, and all, since nobody is as sure.

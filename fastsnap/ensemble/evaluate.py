@@ -272,7 +272,7 @@ def _decide(
     if not part.ranks.is_first:
         return Decided()
     choice = choose(logits_MNC, labels_N)
-    threshold, thresholds = choose_threshold(logits_MNC, labels_N)
+    threshold, thresholds = choose_threshold(logits_MNC, labels_N, choice.taken.weights)
     soup: Sequence[SnapshotEntry] = ()
     if space is not None and len(entries) > 1:
         nlls = [mean_nll(logits_NC, labels_N) for logits_NC in logits_MNC]

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fastsnap.data.plan import training_steps
-from fastsnap.ensemble.choosing import ALL
 from fastsnap.ensemble.drawing import (
     BLUE,
     DOTS_PER_INCH,
@@ -222,8 +221,8 @@ def analysis_figures(report: Report) -> dict[str, Figure]:
         )
     if worth and worth.threshold is not None:
         title = f"{report.run}: asking older snapshots only while unsure, {about}"
-        alone, together = report.metrics.alone[-1], worth.row(ALL).metrics
-        figures["cascade"] = cascade_figure(title, worth.cascade, worth.threshold, alone, together)
+        newest, together = worth.cascade[0].error, worth.cascade[-1].error
+        figures["cascade"] = cascade_figure(title, worth.cascade, worth.threshold, newest, together)
     if report.line is not None:
         title = f"{report.run}: between two snapshots, {about}"
         figures[f"line-{report.line.first}-{report.line.second}"] = line_figure(title, report.line)

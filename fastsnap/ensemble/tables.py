@@ -257,7 +257,7 @@ def decision_texts(report: Report) -> list[str]:
         plural = len(choice.harmful) > 1
         texts.append(
             f"Snapshot{'s' if plural else ''} {named} only harm{'' if plural else 's'}: on the held-out images no "
-            f"ensemble becomes better by {'them' if plural else 'it'}."
+            f"average with equal weights becomes better by {'them' if plural else 'it'}."
         )
     twins = [numbers[member] for member in choice.equal]
     if twins:
@@ -271,22 +271,24 @@ def decision_texts(report: Report) -> list[str]:
 
 
 def barrier_texts(report: Report) -> list[str]:
-    """Where averaged weights are worse than a member is, and what the line between two snapshots shows."""
+    """Where averaged weights are worse than a member is, whether a barrier makes them so, and what a line shows."""
     texts = []
     rows = report.worth.rows if report.worth else ()
-    numbers = [entry.number for entry in report.snapshots]
-    for row in rows:
-        if row.name not in (AVERAGE, SOUP):
+    for barred in (True, False):
+        found = [
+            row for row in rows if row.name in (AVERAGE, SOUP) and _is_worse(row, report) == (True, barred)
+        ]
+        if not found:
             continue
-        best = min(row.members, key=lambda member: report.metrics.alone[member].error)
-        alone = report.metrics.alone[best].error
-        if row.metrics.error > alone:
-            named = ranges([numbers[member] for member in row.members])
-            texts.append(
-                f"warning: the averaged weights of snapshots {named} are worse than snapshot {numbers[best]} alone "
-                f"({row.metrics.error:.2f} against {alone:.2f} %): a barrier lies between "
-                "snapshots of different cycles (--interpolate)."
-            )
+        each = ", ".join(f"{_members_of(row, report)}: {row.metrics.error:.2f} %" for row in found)
+        best = min(report.metrics.alone[member].error for row in found for member in row.members)
+        why = "they are worse than their members are on average: a barrier of loss lies between these"
+        if not barred:
+            why = "no barrier of loss, older snapshots are just weaker"
+        texts.append(
+            f"warning: the averaged weights of snapshots {each} are worse than the best of them alone ({best:.2f} %); "
+            f"{why}."
+        )
     if report.line is not None:
         low, high = sorted((report.line.first, report.line.second))
         texts.append(
@@ -294,6 +296,16 @@ def barrier_texts(report: Report) -> list[str]:
             "straight line, with BatchNorm's statistics gathered anew."
         )
     return texts
+
+
+def _is_worse(row: Row, report: Report) -> tuple[bool, bool]:
+    """Whether averaged weights are worse than the best of the members, and than they are on average."""
+    errors = [report.metrics.alone[member].error for member in row.members]
+    return row.metrics.error > min(errors), row.metrics.error > sum(errors) / len(errors)
+
+
+def _members_of(row: Row, report: Report) -> str:
+    return ranges([report.snapshots[member].number for member in row.members])
 
 
 def decision(report: Report, choice: Choice) -> str:

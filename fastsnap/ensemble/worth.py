@@ -4,13 +4,14 @@ Every row says what it gains against all snapshots averaged with equal weights, 
 costs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastsnap.ensemble.cascade import CascadePoint, answers, curve
+from fastsnap.ensemble.cascade import CascadePoint, answers, asked_in_turn, curve
 from fastsnap.ensemble.choosing import ALL, GREEDY, LAST, SUBSET, WEIGHTED, Choice, averaged_log_probabilities
 from fastsnap.ensemble.combining import GEOMETRIC, VOTE, combined_statistics
 from fastsnap.ensemble.metrics import (
@@ -134,8 +135,7 @@ class Comparison:
 
     def __init__(self, logits_MNC: Tensor, labels_N: Tensor, cost: MemberCost) -> None:
         self.logits_MNC, self.labels_N, self.cost = logits_MNC, labels_N, cost
-        self.last = average_members(logits_MNC, labels_N, order="last")
-        self._baseline = self.last
+        self._baseline = average_members(logits_MNC, labels_N, order="last")
 
     def row(
         self,
@@ -195,11 +195,13 @@ class Comparison:
         statistics = average_members(logits_NC[None], self.labels_N)
         return self.row(name, statistics, weights, cost=own.times(1, 1))
 
-    def cascade(self, threshold: float) -> Row:
-        """See cascade.answers; of its calibration only what the answers say."""
-        found = answers(self.last, threshold)
-        members = len(self.logits_MNC)
-        nothing = float("nan")
+    def cascade(self, threshold: float, weights: Sequence[float], statistics: EnsembleStatistics) -> Row:
+        """See cascade.answers, of statistics of the members with `weights` asked in turn; of its calibration only what
+        the answers say.
+        """
+        found = answers(statistics, threshold)
+        members = tuple(member for member, weight in enumerate(weights) if weight)
+        nothing = math.nan
         metrics = Metrics(
             100 * (found.prediction != self.labels_N).double().mean().item(),
             nothing,
@@ -208,11 +210,11 @@ class Comparison:
         )
         return Row(
             CASCADE,
-            tuple(range(members)),
-            (1 / members,) * members,
+            members,
+            tuple(weights[member] for member in members),
             1.0,
             metrics,
-            self.cost.times(found.forwards.double().mean().item(), members),
+            self.cost.times(found.forwards.double().mean().item(), len(members)),
             error_difference(found.prediction, self._baseline.prediction[-1], self.labels_N),
             self._nll_gain(found.nll),
         )
@@ -243,8 +245,9 @@ def measure_worth(
         for combine in (GEOMETRIC, VOTE):
             statistics = combined_statistics(logits_MNC, labels_N, combine)
             rows.append(comparison.row(combine, statistics, equal))
-    if threshold is None or members == 1:
+    if choice is None or threshold is None or len(choice.taken.members) == 1:
         return Worth(tuple(rows))
-    rows.append(comparison.cascade(threshold))
-    points = curve(comparison.last, labels_N, list(thresholds))
+    statistics = asked_in_turn(logits_MNC, labels_N, choice.taken.weights)
+    rows.append(comparison.cascade(threshold, choice.taken.weights, statistics))
+    points = curve(statistics, labels_N, list(thresholds))
     return Worth(tuple(rows), tuple(points), threshold)

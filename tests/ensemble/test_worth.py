@@ -174,8 +174,10 @@ def test_a_cascade_asks_until_one_is_sure():
 
 def test_the_threshold_is_the_cheapest_that_loses_nothing_on_the_held_out_images():
     logits, labels = members_of(2.0, 0.8, 1.2)
-    threshold, thresholds = choose_threshold(logits, labels)
-    points = curve(average_members(logits, labels, order="last"), labels, thresholds)
+    weights = [0.2, 0.5, 0.3]
+    threshold, thresholds = choose_threshold(logits, labels, weights)
+    statistics = average_members(logits, labels, order="last", weights=weights)
+    points = curve(statistics, labels, thresholds)
     assert points[0].forwards == 1
     assert points[-1].forwards == pytest.approx(3, abs=0.1)
     assert [point.forwards for point in points] == sorted(point.forwards for point in points)
