@@ -15,6 +15,7 @@ ONNX = ["onnx>=1.17,<2", "onnxscript>=0.5.4,<1", "onnxruntime>=1.20,<2"]
 TIMM = ["timm>=1,<2"]
 LIGHTNING = ["lightning>=2.6,<3"]
 TRANSFORMERS = ["transformers>=5,<6", "accelerate>=1.1,<2"]
+TENSORBOARD = ["tensorboard>=2.16,<3"]
 ROOMS = ("ensemble", "training", "data", "nets")
 PROBE = "#include <omp.h>\n#include <vector>\nint threads() { return std::vector<int>{omp_get_max_threads()}[0]; }\n"
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastsnap" / "__init__.py").read_text())[1]
@@ -66,7 +67,7 @@ setup(
     # By hand: `kernels` is a popular name on PyPI, so it must never be installed as a top-level package.
     packages=["fastsnap", *(f"fastsnap.{room}" for room in ROOMS), "fastsnap.kernels"],
     package_dir={"fastsnap": "fastsnap", "fastsnap.kernels": "kernels"},
-    package_data={"fastsnap": ["py.typed"]},
+    package_data={"fastsnap": ["py.typed", "ensemble/page.html"]},
     cmdclass={"build_ext": BuildKernels},
     # A plain shared library behind ctypes: needs neither Python's nor torch's headers, only a C++ compiler. A fused
     # multiply-add happens where one is written and nowhere else, so that all machines round alike.
@@ -96,6 +97,7 @@ setup(
         "msgspec>=0.19,<1",
         "rich>=13.7,<16",
         "matplotlib>=3.8,<4",
+        "jinja2>=3.1.3,<4",
         "scikit-learn>=1.4,<2",
         "scipy>=1.11,<2",
     ],
@@ -107,13 +109,16 @@ setup(
         "timm": TIMM,
         "lightning": LIGHTNING,
         "transformers": TRANSFORMERS,
+        "tensorboard": TENSORBOARD,
         "test": [
             *ONNX,
             *TIMM,
             *LIGHTNING,
             *TRANSFORMERS,
+            *TENSORBOARD,
             "pytest>=8,<10",
             "torchmetrics>=1,<2",
+            "PySide6-WebEngine>=6.12,<7",  # a browser without a window, for report.html
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
             "mypy==2.4.1",

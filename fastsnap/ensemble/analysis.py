@@ -57,7 +57,7 @@ class Analysis:
     correlation     [M][M], Pearson's, of the members' softmax outputs: figure 6 of Huang et al.
     disagreement    [M][M], part of the images, 0 to 1, for which two members predict different classes
     mended, broken  indices of the images that it gets right where the last member alone is wrong, and the other way
-                    round; those that it is most sure of first
+                    round; those that it is most sure of first. Of all members with equal weights, where it is that one
     """
 
     classes: tuple[ClassError, ...]
@@ -84,13 +84,20 @@ def analyse(
     class_names: Sequence[str],
     log_NC: Tensor,
     temperature: float = 1.0,
+    several_NC: Tensor | None = None,
 ) -> Analysis:
-    """logits float32 and labels int64 of a split; log_NC: log-probabilities of the ensemble at temperature 1."""
+    """logits float32 and labels int64 of a split; log_NC: log-probabilities of the ensemble at temperature 1.
+
+    several_NC  likewise of all members, where the ensemble is the last one alone: of what is mended and broken
+    """
     before_NC, after_NC = log_NC.softmax(1), (log_NC / temperature).softmax(1)
     confidence_N, predicted_N = after_NC.max(1)
     correct_N = predicted_N == labels_N
     last_right_N = logits_MNC[-1].argmax(1) == labels_N
-    mended, broken = correct_N & ~last_right_N, ~correct_N & last_right_N
+    surest_N, right_N = confidence_N, correct_N
+    if several_NC is not None:
+        surest_N, right_N = several_NC.softmax(1).amax(1), several_NC.argmax(1) == labels_N
+    mended, broken = right_N & ~last_right_N, ~right_N & last_right_N
     curve = risk_curve(confidence_N, ~correct_N)
     return Analysis(
         tuple(class_errors(predicted_N, labels_N, class_names)),
@@ -101,8 +108,8 @@ def analyse(
         tuple(coverage_at(curve, risk) for risk in RISKS),
         _rows(correlations(logits_MNC)),
         _rows(disagreements(logits_MNC)),
-        _surest(mended, confidence_N),
-        _surest(broken, confidence_N),
+        _surest(mended, surest_N),
+        _surest(broken, surest_N),
     )
 
 

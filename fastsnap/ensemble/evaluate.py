@@ -11,6 +11,7 @@ from torch import Tensor
 from fastsnap.data.datasets import Dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.data.plan import Pipeline
+from fastsnap.data.sources import Source
 from fastsnap.device import choose_device
 from fastsnap.ensemble.against import Against
 from fastsnap.ensemble.analysis import Analysis, analyse
@@ -42,11 +43,14 @@ BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Logits of the members for the images, float32 [M, N, C], their labels, int64 [N], and the classes' names."""
+    """Logits of the members for the images, float32 [M, N, C], their labels, int64 [N], the classes' names, and the
+    images themselves.
+    """
 
     logits: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    images: Source
 
 
 @dataclass(frozen=True)
@@ -241,8 +245,8 @@ def evaluate_run(
         choice=decided.choice,
         no_choice=no_choice,
         line=measure_line(space(part), *ends) if ends else None,
-        analysis=_analysis(logits_MNC, labels_N, dataset, decided.choice),
-        outputs=Outputs(logits_MNC, labels_N, tuple(dataset.classes)),
+        analysis=analysis_of(logits_MNC, labels_N, dataset.classes, decided.choice),
+        outputs=Outputs(logits_MNC, labels_N, tuple(dataset.classes), part.images),
         seconds=time.perf_counter() - start,
     )
 
@@ -280,11 +284,20 @@ def _decide(
     return Decided(choice, threshold, thresholds, soup)
 
 
-def _analysis(logits_MNC: Tensor, labels_N: Tensor, dataset: Dataset, choice: Choice | None) -> Analysis:
+def analysis_of(
+    logits_MNC: Tensor, labels_N: Tensor, class_names: Sequence[str], choice: Choice | None
+) -> Analysis:
     """Of what was decided, else of all members with equal weights."""
     weights = choice.taken.weights if choice else [1 / len(logits_MNC)] * len(logits_MNC)
     log_NC = averaged_log_probabilities(logits_MNC, weights)
-    return analyse(logits_MNC, labels_N, dataset.classes, log_NC, choice.temperature if choice else 1.0)
+    temperature = choice.temperature if choice else 1.0
+    several_NC = averaged_log_probabilities(logits_MNC, [1.0] * len(weights)) if is_last(choice) else None
+    return analyse(logits_MNC, labels_N, class_names, log_NC, temperature, several_NC)
+
+
+def is_last(choice: Choice | None) -> bool:
+    """Whether the decision was for the last snapshot alone."""
+    return choice is not None and choice.taken.members == [len(choice.taken.weights) - 1]
 
 
 def _training_batches(part: Forwards, seed: int) -> Pipeline:

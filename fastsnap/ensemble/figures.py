@@ -60,7 +60,7 @@ def _matrix(
     for i in places:
         for j in places:
             dark = values[i][j] > (low + high) / 2
-            colour = "white" if dark and i != j else "black"
+            colour = "#ffffff" if dark else "#111111"
             shown = form.format(values[i][j]) if i != j else ""
             axes.text(j, i, shown, ha="center", va="center", color=colour, fontsize=8)
         axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor=DIAGONAL, edgecolor="none"))

@@ -12,13 +12,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastsnap.device import AUTOCAST_DTYPES
-from fastsnap.ensemble.evaluate import Report
+from fastsnap.ensemble.cascade import choose_threshold
+from fastsnap.ensemble.choosing import choose, reason_against
+from fastsnap.ensemble.evaluate import Report, analysis_of
 from fastsnap.ensemble.forwards import load_member
 from fastsnap.ensemble.inputs import SPLITS, choose_snapshots, evaluation_precision
 from fastsnap.ensemble.metrics import measure_members
 from fastsnap.ensemble.outputs import logits_of
 from fastsnap.ensemble.report import publish
 from fastsnap.ensemble.views import ONE
+from fastsnap.ensemble.worth import Comparison, measure_worth, member_cost
 from fastsnap.printing import make_console
 from fastsnap.run_files import RunError, require_writable
 from fastsnap.run_folder import RunFolder
@@ -35,6 +38,7 @@ def evaluate(
     *,
     snapshots: Sequence[int] | None = None,
     split: str = "test",
+    validation: Batches | None = None,
     device: torch.device | str | None = None,
     precision: str = "auto",
     out: str | os.PathLike[str] | None = None,
@@ -47,6 +51,7 @@ def evaluate(
                read once, in any order; each batch passes through all snapshots, which are kept in memory together
     snapshots  numbers of those to evaluate; default: all that are saved
     split      "test" or "validation": what the images are, which the names of the files say
+    validation  held-out images, as batches are, on which is decided what to use; of the test split only
     device     default: where the network is; it is moved to another, and stays there
     precision  of the forward passes: "auto", "bf16", "fp16" or "fp32"
     out        folder for JSON and plots; default: the run's
@@ -61,7 +66,14 @@ def evaluate(
     run.config()  # no run at all is a worse fault than a folder that cannot be written to
     require_writable(target)
     report = measure(
-        run, network, batches, snapshots=snapshots, split=split, device=device, precision=precision
+        run,
+        network,
+        batches,
+        snapshots=snapshots,
+        split=split,
+        validation=validation,
+        device=device,
+        precision=precision,
     )
     publish(report, run, make_console() if console is None else console, target, asked_precision=precision)
     return report
@@ -74,6 +86,7 @@ def measure(
     *,
     snapshots: Sequence[int] | None,
     split: str,
+    validation: Batches | None,
     device: torch.device | str | None,
     precision: str,
 ) -> Report:
@@ -87,9 +100,31 @@ def measure(
         network.to(device)
     where = next(network.parameters()).device
     computed = evaluation_precision(precision, where)
+    if validation is not None and split != "test":
+        raise ValueError(
+            f"validation decides what to use of the test split; leave it out with split={split!r}"
+        )
+    classes = config["classes"]
     start = time.perf_counter()
-    logits_MNC, labels_N = member_logits(network, folder, entries, batches, config["classes"], computed.name)
+    choice = threshold = None
+    thresholds: list[float] = []
+    no_choice = "no held-out images were given: evaluate(..., validation=batches)"
+    if validation is not None:
+        logits_MNC, labels_N = member_logits(network, folder, entries, validation, classes, computed.name)
+        no_choice = reason_against(len(labels_N), classes) or ""
+        if not no_choice:
+            choice = choose(logits_MNC, labels_N)
+            threshold, thresholds = choose_threshold(logits_MNC, labels_N, choice.taken.weights)
+    before = time.perf_counter()
+    logits_MNC, labels_N = member_logits(network, folder, entries, batches, classes, computed.name)
+    seconds = (time.perf_counter() - before) / len(entries)
     metrics = measure_members(logits_MNC, labels_N)
+    worth = None
+    if split == "test":
+        comparison = Comparison(
+            logits_MNC, labels_N, member_cost(plain_network(network), seconds, len(labels_N))
+        )
+        worth = measure_worth(comparison, choice, threshold, thresholds)
     return Report(
         run=folder.path.resolve().name,
         net=config["net"],
@@ -107,8 +142,17 @@ def measure(
         saved=len(folder.snapshots()),
         snapshots=tuple(entries),
         metrics=metrics,
+        worth=worth,
+        choice=choice,
+        no_choice=no_choice if choice is None else "",
+        analysis=analysis_of(logits_MNC, labels_N, _names(config), choice),
         seconds=time.perf_counter() - start,
     )
+
+
+def _names(config: dict[str, Any]) -> list[str]:
+    """Of the classes; their numbers where the run does not say them."""
+    return config.get("class_names") or [str(index) for index in range(config["classes"])]
 
 
 @torch.inference_mode()

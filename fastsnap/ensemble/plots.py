@@ -114,14 +114,16 @@ def training_figure(
     losses = [record["train_loss"] for record in epochs]
     positions = [record["step"] / updates_per_epoch for record in epochs]
     loss.plot(positions, losses, "o-" if len(losses) < 60 else "-", color=ORANGE, markersize=4)
-    for name, text, style in (
-        ("validation_loss", "held-out images, fresh snapshot", "s"),
-        ("ensemble_loss", "held-out images, all so far", "D"),
+    for name, text, style, colour in (
+        ("validation_loss", "held-out images, fresh snapshot", "s", BLUE),
+        ("ensemble_loss", "held-out images, all so far together", "D", GREEN),
     ):
         ends = [record for record in epochs if record.get(name) is not None]
         if ends:
             places = [record["step"] / updates_per_epoch for record in ends]
-            loss.plot(places, [record[name] for record in ends], style, label=text, markersize=5)
+            loss.plot(
+                places, [record[name] for record in ends], style, color=colour, label=text, markersize=5
+            )
     if loss.get_legend_handles_labels()[1]:
         loss.legend(frameon=False, fontsize=8)
     if losses and 0 < LOG_SCALE_FROM * min(losses) < max(losses):

@@ -22,9 +22,11 @@ from fastsnap.ensemble.combining import MEAN
 from fastsnap.ensemble.comparison import RunComparison, compare, require_comparable
 from fastsnap.ensemble.drawing import save
 from fastsnap.ensemble.evaluate import BATCH_SIZE, Report, evaluate_run
+from fastsnap.ensemble.lines import ranges
 from fastsnap.ensemble.loading import load_ensemble
+from fastsnap.ensemble.page import page
 from fastsnap.ensemble.plots import comparison_figure, figures_of, save_plots
-from fastsnap.ensemble.tables import print_comparison, print_report, ranges
+from fastsnap.ensemble.tables import print_comparison, print_report
 from fastsnap.ensemble.views import ONE
 from fastsnap.printing import OutputLost, print_line, write_output
 from fastsnap.run_files import RunError, require_writable, write_atomically
@@ -196,7 +198,10 @@ def file_suffix(report: Report, asked_precision: str) -> str:
 def _save(report: Report, folder: RunFolder, out: Path, suffix: str) -> Sequence[str]:
     name = f"ensemble{suffix}.json"
     write_atomically(out / name, _as_text(report).encode())
-    return [name, *save_plots(figures_of(folder, report), out, suffix)]
+    figures = figures_of(folder, report)
+    of_page = f"report{suffix}.html"
+    write_atomically(out / of_page, page(report, folder.config(), figures, folder.path).encode())
+    return [name, of_page, *save_plots(figures, out, suffix)]
 
 
 def _write_json(path: Path, text: str) -> None:

@@ -17,13 +17,14 @@ from fastsnap.data.fingerprint import fingerprints
 from fastsnap.ensemble.evaluate import Report, evaluate_run
 from fastsnap.ensemble.metrics import Difference
 from fastsnap.ensemble.report import file_suffix, report_run
-from fastsnap.ensemble.tables import print_report, summary
+from fastsnap.ensemble.sentences import summary
+from fastsnap.ensemble.tables import print_report
 from fastsnap.ensemble_eval import main
 
 CPU = torch.device("cpu")
 WRITTEN = {
     *("ensemble.json", "error-against-m.png", "training.png"),
-    *("members.png", "reliability.png", "cascade.png"),
+    *("members.png", "reliability.png", "cascade.png", "report.html"),
 }
 
 
@@ -186,7 +187,7 @@ def test_what_is_not_the_whole_evaluation_replaces_nothing(tmp_path, capsys):
     ):
         capsys.readouterr()
         assert main([*common, *arguments]) == 0
-        names = [f"ensemble{suffix}.json", f"error-against-m{suffix}.png", "training.png"]
+        names = [f"ensemble{suffix}.json", f"report{suffix}.html", f"error-against-m{suffix}.png"]
         said = capsys.readouterr().out
         assert f"saved {names[0]}, {names[1]}, {names[2]}" in said
         assert f" in {folder.path}" in said
