@@ -1,5 +1,6 @@
 """What is done with a SnapshotRecorder's run: evaluated with networks of other libraries, and used as an ensemble."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,10 +60,34 @@ def test_outputs_of_other_libraries_are_understood(wrap: Callable[[Tensor], Any]
     assert report.metrics.alone[0].error == pytest.approx(100 * expected.float().mean().item())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "ensemble-validation.json",
+        "report-validation.html",
         "error-against-m-validation.png",
+        "members-validation.png",
         "training.png",
     }
     assert not (tmp_path / "run" / "ensemble.json").exists()
+
+
+def test_held_out_batches_decide_and_predictions_take_it(tmp_path: Path, capsys: Any) -> None:
+    network = make_network()
+    idle_run(tmp_path / "run", network, class_names=list("abcde"), mean=[100.0] * 3, std=[50.0] * 3)
+    common: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+    undecided = fastsnap.evaluate(tmp_path / "run", network, [batch(0)], **common)
+    assert undecided.choice is None
+    assert "weights are equal: no held-out images were given" in capsys.readouterr().out
+    held_out = [batch(index) for index in range(2, 8)]
+    report = fastsnap.evaluate(tmp_path / "run", network, [batch(0)], validation=held_out, **common)
+    assert report.choice is not None
+    assert report.choice.images == sum(len(labels) for _, labels in held_out)
+    assert "as decided on" in capsys.readouterr().out
+    decided = json.loads((tmp_path / "run" / "ensemble.json").read_text())["decision"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["image_shape"] = [8, 8, 3]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    ensemble = fastsnap.load_ensemble(tmp_path / "run", network=network, device="cpu")
+    assert [entry.number for entry in ensemble.members] == decided["snapshots"]
+    with pytest.raises(ValueError, match="leave it out with split='validation'"):
+        fastsnap.evaluate(tmp_path / "run", network, [batch(0)], validation=held_out, split="validation")
 
 
 def test_a_precision_that_does_not_exist_is_refused(tmp_path: Path) -> None:
