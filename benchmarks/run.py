@@ -23,6 +23,7 @@ BENCHMARKS = {
     "kernels": "update and averaging kernels against PyTorch's, bytes and bandwidth",
     "layers": "batch normalisation and convolution on a CPU against PyTorch's",
     "evaluation": "evaluating an ensemble of 5",
+    "deciding": "deciding on held-out images, against the forward passes that it needs",
     "serving": "predicting with the ensemble and with its exported files, their sizes, cold starts",
     "scaling": "cost against batch size, M, depth and net size",
     "ranks": "one run on two ranks against one process; what they send each other",

@@ -1,6 +1,6 @@
 """Say what the snapshots of a run are worth together: `python -m fastsnap.ensemble_eval --help`.
 
-Writes ensemble.json, error-against-m.png and training.png into the run folder, or another.
+Writes ensemble.json, report.html and pictures into the run folder, or another.
 """
 
 from fastsnap.waiting import spin_shortly
@@ -37,12 +37,15 @@ from fastsnap.training.ranks import TIMEOUT, Ranks
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="python -m fastsnap.ensemble_eval",
-        description="Evaluate the snapshots of a run: each alone, and the last m averaged for every m. "
-        "Prints tables and writes ensemble.json, error-against-m.png and training.png into the run folder. What is "
-        "not of all snapshots on the test images has names that say so, such as ensemble-validation-snapshots-2.json, "
-        "and replaces nothing else.",
+        description="Evaluate the snapshots of a run: each alone, the last m averaged for every m, and all that can be "
+        "made of them. Of a run that was trained with --validation N, what to use of it is decided on those images, "
+        "before the test images are read: which snapshots, with which weights, at which temperature; predict and "
+        "export then take that. Prints tables and writes ensemble.json, report.html and pictures into the run folder. "
+        "What is not of all snapshots on the test images has names that say so, such as "
+        "ensemble-validation-snapshots-2.json, and replaces nothing else.",
         epilog="Columns: top-1 and top-5 error in percent, negative log-likelihood (NLL) in nats, expected "
-        "calibration error (ECE, 15 bins) 0 to 1, Brier score 0 to 2; lower is better in every column.",
+        "calibration error (ECE, 15 bins) 0 to 1, Brier score 0 to 2; lower is better in every column. Intervals "
+        "are of 95 % and paired image by image.",
     )
     parser.add_argument(
         "runs",

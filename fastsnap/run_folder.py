@@ -5,7 +5,7 @@
     snapshots/             snapshot-01.safetensors ...: plain state_dicts, fp32
     manifest.json          per snapshot: file, sha256, step, cycle, epoch, learning_rate, train_loss
     checkpoint.safetensors the latest state, for resuming
-    ensemble.json, *.png   written by the evaluation
+    ensemble.json, report.html, *.png  written by the evaluation
 
 Files are JSON and safetensors, never pickle. Each is written under a temporary name, synced and renamed, so that a
 crash or a full disk leaves the previous file as it was.

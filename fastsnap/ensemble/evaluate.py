@@ -185,7 +185,7 @@ def evaluate_run(
     check_plan(config, folder.snapshots(), folder.metrics(), str(folder.path))
     if combine not in COMBINATIONS:
         raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-    if ranks.count > 1 and (averages or interpolate):
+    if ranks.count > 1 and (averages or interpolate is not None):
         raise ValueError(
             "averages (--averages) and interpolate (--interpolate) need a single process, not torchrun"
         )

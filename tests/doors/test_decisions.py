@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
+from small_run import small_dataset, small_run
 
 import fastsnap
 from fastsnap.ensemble.evaluate import evaluate_run
@@ -17,7 +18,6 @@ from fastsnap.export import main as export
 from fastsnap.predict import main as predict
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.train import main as train
-from tests.small_run import small_dataset, small_run
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,13 @@ import dataclasses
 import io
 import re
 
+import browser
 import numpy as np
 import pytest
 import torch
+from made_pictures import folder_of_pictures
 from PIL import Image
+from small_run import small_dataset, small_run
 
 from fastsnap.data.folder import load_folder
 from fastsnap.data.pictures import Wishes
@@ -17,9 +20,6 @@ from fastsnap.ensemble.page import page, pixels_of
 from fastsnap.ensemble.plots import figures_of
 from fastsnap.ensemble_eval import main
 from fastsnap.train import main as train
-from tests import browser
-from tests.made_pictures import folder_of_pictures
-from tests.small_run import small_dataset, small_run
 
 pytest.importorskip(
     "PySide6.QtWebEngineWidgets", reason="no browser: pip install PySide6-WebEngine", exc_type=ImportError

@@ -71,21 +71,55 @@ def test_two_ranks_train_and_only_the_first_one_speaks(finished: Path) -> None:
 def test_the_evaluation_counts_each_image_once_whatever_the_number_of_ranks(
     finished: Path, tmp_path: Path
 ) -> None:
-    of_ranks = json.loads((finished / "ensemble.json").read_text())
+    of_ranks = untimed(finished)
     plain = [str(finished), "--out", str(tmp_path), "--precision", "fp32"]
     assert ensemble_eval.main(plain) == 0
-    alone = json.loads((tmp_path / "ensemble.json").read_text())
-    del of_ranks["seconds"], alone["seconds"]
-    assert of_ranks == alone
+    assert of_ranks == untimed(tmp_path)
     # Four batches on three ranks, and one batch, of which two ranks have nothing.
     for batch_size in ("100", "1000"):
         options = [*plain, "--batch-size", batch_size]
         assert [rank.errors for rank in run([options] * 3, tmp_path, ensemble_eval.main)] == [""] * 3
-        again = json.loads((tmp_path / "ensemble.json").read_text())
+        again = untimed(tmp_path)
         assert ensemble_eval.main(options) == 0
-        alone = json.loads((tmp_path / "ensemble.json").read_text())
-        del again["seconds"], alone["seconds"]
-        assert again == alone
+        assert again == untimed(tmp_path)
+
+
+def untimed(folder: Path) -> dict:
+    """ensemble.json without what depends on time."""
+    content = json.loads((folder / "ensemble.json").read_text())
+    del content["seconds"]
+    for way in content["worth"]["ways"]:
+        del way["cost"]["milliseconds"]
+    return content
+
+
+def test_ranks_look_at_held_out_images_and_decide_together(tmp_path: Path) -> None:
+    flags = [*SMALL, "--validation", "107", "--ema", "0.9", "--out", "run"]
+    ended = run([flags] * 3, tmp_path)
+    assert [rank.status for rank in ended] == [0] * 3
+    folder = RunFolder(tmp_path / "run")
+    assert ended[0].output.count("held-out images: snapshot") == 2
+    decided = untimed(folder.path)
+    assert decided["decision"]["images"] == 107
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert ensemble_eval.main([str(folder.path), "--out", str(alone), "--precision", "fp32"]) == 0
+    assert untimed(alone) == decided
+    last = folder.metrics()[-1]
+    validation = tmp_path / "validation"
+    validation.mkdir()
+    options = [str(folder.path), "--out", str(validation), "--precision", "fp32", "--split", "validation"]
+    assert ensemble_eval.main(options) == 0
+    figures = json.loads((validation / "ensemble-validation.json").read_text())
+    assert last["validation_error"] == pytest.approx(figures["members"][-1]["error"])
+    assert last["ensemble_loss"] == pytest.approx(figures["last_m"][-1]["nll"], rel=1e-5)
+    assert folder.average() is not None
+
+
+@pytest.mark.parametrize("flags", [["--averages"], ["--interpolate"], ["--against", "svhn"]])
+def test_what_needs_a_single_process_says_so(finished: Path, tmp_path: Path, flags: list[str]) -> None:
+    ended = run([[str(finished), "--out", str(tmp_path), *flags]] * 2, tmp_path, ensemble_eval.main)
+    assert "single process" in one_error(ended)
 
 
 def test_a_stop_is_answered_by_all_and_the_run_goes_on_to_the_same_bits(

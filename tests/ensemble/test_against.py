@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from small_run import small_dataset, small_run
 from torchmetrics.functional.classification import binary_auroc
 
 import fastsnap
 from fastsnap.ensemble.against import measure_against, with_channels
 from fastsnap.ensemble_eval import main
 from fastsnap.run_folder import RunError
-from tests.small_run import small_dataset, small_run
 
 
 @pytest.fixture

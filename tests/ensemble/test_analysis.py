@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from made_logits import members_of
 from scipy.special import log_softmax, softmax
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
@@ -18,7 +19,6 @@ from fastsnap.ensemble.analysis import (
     reliability,
     risk_curve,
 )
-from tests.ensemble.made_logits import members_of
 
 NAMES = [f"class {index}" for index in range(7)]
 

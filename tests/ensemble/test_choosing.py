@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from made_logits import members_of
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import log_loss
@@ -26,7 +27,6 @@ from fastsnap.ensemble.choosing import (
     negative_log_likelihoods,
     tempered_nll,
 )
-from tests.ensemble.made_logits import members_of
 
 EXACT = 1e-9  # nats, of sums in fp64
 FP32 = 2e-6  # nats, of softmax in fp32

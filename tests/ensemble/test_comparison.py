@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from small_run import small_dataset, small_run, snapshot_weights
 
 from fastsnap.ensemble.comparison import compare, difference_of_groups, require_comparable, spread
 from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.ensemble_eval import main
 from fastsnap.run_folder import RunError, RunFolder
-from tests.small_run import small_dataset, small_run, snapshot_weights
 
 CPU = torch.device("cpu")
 

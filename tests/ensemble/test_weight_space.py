@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_run import NET, small_dataset, small_run, snapshot_weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -22,7 +23,6 @@ from fastsnap.ensemble.weight_space import (
 from fastsnap.nets.build import build_network
 from fastsnap.run_folder import RunError
 from fastsnap.training.ranks import Ranks
-from tests.small_run import NET, small_dataset, small_run, snapshot_weights
 
 CPU = torch.device("cpu")
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from made_logits import members_of
 from scipy import stats
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
@@ -16,7 +17,6 @@ from fastsnap.ensemble.combining import combined_statistics
 from fastsnap.ensemble.metrics import measure_members, summarise
 from fastsnap.ensemble.worth import Comparison, MemberCost, measure_worth
 from fastsnap.kernels.averaging import average_members
-from tests.ensemble.made_logits import members_of
 
 COST = MemberCost(parameters=1000, bytes=4000, milliseconds=0.5)
 CLASSES = 7

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from test_trainer import StoppingPipeline, run
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -19,7 +20,6 @@ from fastsnap.run_folder import RunFolder
 from fastsnap.train import main
 from fastsnap.training.distillation import Distillation
 from fastsnap.training.stopping import TrainingStopped
-from tests.training.test_trainer import StoppingPipeline, run
 
 COMMON = [
     *("--net", "resnet8", "--epochs", "3", "--cycles", "2", "--train-images", "300", "--validation", "100"),
