@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsnap.ensemble.choosing import ALL, averaged_log_probabilities
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.metrics import Difference, mean_difference
-from fastsnap.ensemble.worth import DECIDED, NEWEST
+from fastsnap.ensemble.worth import DECIDED, NEWEST, Cost
 from fastsnap.run_files import RunError
 
 Interval = tuple[float, float]
@@ -48,12 +48,15 @@ INCIDENTAL = (
 
 @dataclass(frozen=True)
 class RunRow:
-    """A way to use a run's snapshots: error in percent, NLL in nats, and how far both lie above the first run's."""
+    """A way to use a run's snapshots: error in percent, NLL in nats, what it costs, and how far error and NLL lie above
+    the first run's.
+    """
 
     run: str
     way: str
     error: float
     nll: float
+    cost: Cost
     error_difference: Difference
     nll_difference: Difference
 
@@ -153,7 +156,8 @@ def compare(
             )
         found.append(_outcomes(report))
     rows = []
-    for name, outcomes in zip(names, found, strict=True):
+    for name, report, outcomes in zip(names, reports, found, strict=True):
+        assert report.worth is not None
         for way in COMPARED:
             if way in outcomes and way in found[0]:
                 wrong_N, nll_N = outcomes[way]
@@ -164,6 +168,7 @@ def compare(
                         way,
                         wrong_N.mean().item(),
                         nll_N.double().mean().item(),
+                        report.worth.row(way if len(report.snapshots) > 1 else ALL).cost,
                         mean_difference(wrong_N, base_wrong_N),
                         mean_difference(nll_N, base_nll_N),
                     )

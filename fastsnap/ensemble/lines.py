@@ -9,9 +9,10 @@ from fastsnap.ensemble.combining import GEOMETRIC, MEAN, VOTE
 from fastsnap.ensemble.comparison import RunComparison, Spread
 from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.metrics import Difference, Metrics
-from fastsnap.ensemble.worth import AVERAGE, DECIDED, WAYS, Row, Worth
+from fastsnap.ensemble.worth import AVERAGE, DECIDED, WAYS, Cost, Row, Worth
 
 METRIC_COLUMNS = ("error %", "top-5 %", "NLL", "ECE", "Brier")
+COST_COLUMNS = ("forwards", "MB", "ms/image")  # per image; of what is kept
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,11 @@ def worth_lines(report: Report, worth: Worth) -> Lines:
             number(row.metrics.error, 2),
             number(row.metrics.nll, 4),
             number(row.metrics.ece, 4),
-            f"{row.cost.forwards:.3g}",
-            f"{row.cost.bytes / 1e6:.3g}",
-            f"{row.cost.milliseconds:.3g}",
+            *_cost_cells(row.cost),
         )
         for row in worth.rows
     ]
-    columns = ("way", "snapshots", "error %", "NLL", "ECE", "forwards", "MB", "ms/image")
+    columns = ("way", "snapshots", "error %", "NLL", "ECE", *COST_COLUMNS)
     caption = "What each way to use them is worth, and costs"
     return Lines(caption, columns, rows, marked=_decided(worth.rows))
 
@@ -79,21 +78,37 @@ def gains_lines(worth: Worth) -> Lines:
     return Lines(caption, columns, rows, marked=_decided(others))
 
 
+def _cost_cells(cost: Cost) -> tuple[str, str, str]:
+    return f"{cost.forwards:.3g}", f"{cost.bytes / 1e6:.3g}", f"{cost.milliseconds:.3g}"
+
+
 def _decided(rows: Sequence[Row]) -> int | None:
     return next((place for place, row in enumerate(rows) if row.name == DECIDED), None)
 
 
 def runs_lines(comparison: RunComparison) -> Lines:
     """Runs side by side."""
-    rows = []
-    for row in comparison.rows:
-        gains = ("",) * 4
-        if row.run != comparison.rows[0].run:
-            gains = (*gain_cells(row.error_difference, 2), *gain_cells(row.nll_difference, 4))
-        rows.append((row.run, WAYS.get(row.way, row.way), f"{row.error:.2f}", f"{row.nll:.4f}", *gains))
-    differences = ("error diff.", "95 % interval", "NLL diff.", "95 % interval")
-    columns = ("run", "way", "error %", "NLL", *differences)
-    return Lines("Runs, and how they differ from the first one, image by image", columns, rows, texts=2)
+    rows = [
+        (row.run, WAYS.get(row.way, row.way), f"{row.error:.2f}", f"{row.nll:.4f}", *_cost_cells(row.cost))
+        for row in comparison.rows
+    ]
+    columns = ("run", "way", "error %", "NLL", *COST_COLUMNS)
+    return Lines("Runs on the same test images", columns, rows, texts=2)
+
+
+def run_differences_lines(comparison: RunComparison) -> Lines:
+    """How the others differ from the first run."""
+    others = [row for row in comparison.rows if row.run != comparison.rows[0].run]
+    rows = [
+        (
+            *(row.run, WAYS.get(row.way, row.way)),
+            *(*gain_cells(row.error_difference, 2), *gain_cells(row.nll_difference, 4)),
+        )
+        for row in others
+    ]
+    columns = ("run", "way", "error", "95 % interval", "NLL", "95 % interval")
+    caption = f"Differences from the same way in {comparison.rows[0].run}, image by image"
+    return Lines(caption, columns, rows, texts=2)
 
 
 def groups_lines(comparison: RunComparison) -> Lines:

@@ -13,6 +13,7 @@ from fastsnap.ensemble.lines import (
     groups_lines,
     last_m_lines,
     members_lines,
+    run_differences_lines,
     runs_lines,
     worth_lines,
 )
@@ -65,6 +66,7 @@ def print_comparison(comparison: RunComparison, console: Console) -> None:
     print_line(console, f"{comparison.dataset} test, {comparison.images:,} images")
     console.print()
     _print_table(runs_lines(comparison), console)
+    _print_table(run_differences_lines(comparison), console)
     if comparison.groups:
         _print_table(groups_lines(comparison), console)
         print_line(

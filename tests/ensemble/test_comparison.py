@@ -123,7 +123,7 @@ def test_the_command_compares_and_keeps_what_it_found(tmp_path, capsys):
     out = tmp_path / "kept"
     assert main([*runs, "--device", "cpu", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "how they differ from the first one" in text
+    assert "Differences from the same way in one, image by image" in text
     assert {file.name for file in out.iterdir()} == {"comparison.json", "comparison.png"}
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [row["run"] for row in rows] == ["one"] * 3 + ["two"] * 3
