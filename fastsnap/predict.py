@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from fastsnap import __version__
 from fastsnap.command_line import add_computing, add_data, add_members, exit_status
 from fastsnap.device import choose_device
+from fastsnap.ensemble.decision import read_decision
 from fastsnap.ensemble.loading import load_ensemble
 from fastsnap.ensemble.module import Ensemble
 from fastsnap.ensemble.predictions import Predictions
@@ -25,7 +26,9 @@ from fastsnap.ensemble.rows import write_csv, write_jsonl, write_table
 from fastsnap.ensemble.walking import NoPicture, pictures_of
 from fastsnap.limits import choose_threads
 from fastsnap.printing import ArgumentParser, OutputLost, is_lost, make_console, print_line
+from fastsnap.run_folder import RunFolder
 
+DECIDED = -1.0  # for --cascade without a number
 SOME_FAILED = 1  # exit status
 SILENCE_SECONDS = 30  # after which a log gets a line
 
@@ -48,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--top", metavar="K", type=int, default=1, help="most probable classes to show (default: 1)"
+    )
+    parser.add_argument(
+        "--cascade",
+        metavar="T",
+        type=float,
+        nargs="?",
+        const=DECIDED,
+        help="ask the newest snapshot first, and others only while the most probable class has less than T, 0 to 1 "
+        "(default: what ensemble_eval has decided on held-out images)",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="comma-separated values instead of a table")
@@ -81,6 +93,7 @@ def _predict(options: argparse.Namespace) -> int:
         precision=options.precision,
         data=options.data,
     )
+    threshold = _threshold(options, ensemble)
     output, complaints = make_console(), Complaints()
     found = complaints.without_faults(pictures_of(options.paths))
     write = write_csv if options.csv else write_jsonl if options.jsonl else write_table
@@ -96,7 +109,7 @@ def _predict(options: argparse.Namespace) -> int:
         task = progress.add_task("predicting", total=None)
         widths: dict[str, int] = {}
         for batch in read_batches(ensemble.preprocessing, found, options.batch_size, threads):
-            named = complaints.usable(ensemble, batch)
+            named = complaints.usable(ensemble, batch, threshold)
             if named:
                 write(output, *named, options.top, widths)
             if is_lost(output):
@@ -107,12 +120,33 @@ def _predict(options: argparse.Namespace) -> int:
     return SOME_FAILED if complaints.failed else 0
 
 
+def _threshold(options: argparse.Namespace, ensemble: Ensemble) -> float | None:
+    """Of the cascade that is asked for; None without one. Raises ValueError where none was decided."""
+    asked = options.cascade
+    if asked is None or len(ensemble.members) == 1:
+        return None
+    if asked != DECIDED:
+        if not 0 <= asked <= 1:
+            raise ValueError(f"--cascade must be from 0 to 1, got {asked}")
+        return asked
+    decision = None
+    if options.last is None and options.snapshots is None:
+        decision = read_decision(RunFolder(options.run))
+    if decision is None or decision.threshold is None:
+        raise ValueError(
+            "no threshold was decided for these snapshots: give one, such as --cascade 0.9, or train with --validation "
+            "N and evaluate the run"
+        )
+    return decision.threshold
+
+
 class Complaints:
     """What is said on standard error: a line for what cannot be used, and how far it is where nothing else says it."""
 
     def __init__(self) -> None:
         self.console = make_console(stderr=True)
         self.failed = self.looked_at = 0
+        self.answered = self.asked = 0  # images of a cascade, and the forward passes that they took together
         self._line_time = time.monotonic()
 
     def without_faults(self, found: Iterator[str | NoPicture]) -> Iterator[str]:
@@ -123,7 +157,9 @@ class Complaints:
             else:
                 yield name
 
-    def usable(self, ensemble: Ensemble, batch: Batch) -> tuple[list[str], Predictions] | None:
+    def usable(
+        self, ensemble: Ensemble, batch: Batch, threshold: float | None
+    ) -> tuple[list[str], Predictions] | None:
         """The names of the pictures that could be decoded, and what the ensemble says of them; None without any."""
         names, arrays = [], []
         for picture, pixels in batch:
@@ -133,7 +169,13 @@ class Complaints:
                 names.append(str(picture))
                 arrays.append(pixels)
         self.looked_at += len(batch)
-        return (names, ensemble.describe(torch.from_numpy(np.stack(arrays)))) if names else None
+        if not names:
+            return None
+        predictions = ensemble.describe(torch.from_numpy(np.stack(arrays)), threshold=threshold)
+        if predictions.asked is not None:
+            self.answered += len(predictions)
+            self.asked += int(predictions.asked.sum())
+        return names, predictions
 
     def break_silence(self) -> None:
         """A line now and then, where there is no bar."""
@@ -142,7 +184,9 @@ class Complaints:
             print_line(self.console, f"{self.looked_at:,} images")
 
     def sum_up(self) -> None:
-        """Where something failed, how much."""
+        """Where something failed, how much; what a cascade saved."""
+        if self.answered:
+            print_line(self.console, f"{self.asked / self.answered:.2f} forward passes per image")
         if self.failed:
             print_line(self.console, f"{self.failed:,} could not be used; of {self.looked_at:,} images")
 

@@ -179,6 +179,7 @@ class Decision:
     temperature  of the averaged probabilities
     images       held-out images that it was decided on
     among        number and SHA-256 of every snapshot that could have been taken
+    threshold    of a cascade of those that count, the newest first: the confidence below which another one is asked
     """
 
     method: Text
@@ -187,6 +188,7 @@ class Decision:
     temperature: Rate
     images: Count
     among: list[tuple[Count, Sha256]]
+    threshold: Number | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from fastsnap.run_schema import MOST_BYTES, Decision, Evaluation, SnapshotEntry,
 FILE = "ensemble.json"
 
 
-def decision_of(choice: Choice, entries: Sequence[SnapshotEntry]) -> Decision:
-    """A choice among the snapshots `entries`, whose order is that of its members."""
+def decision_of(choice: Choice, entries: Sequence[SnapshotEntry], threshold: float | None = None) -> Decision:
+    """A choice among the snapshots `entries`, whose order is that of its members; threshold: of a cascade."""
     members = choice.taken.members
     return Decision(
         method=choice.taken.method,
@@ -20,6 +20,7 @@ def decision_of(choice: Choice, entries: Sequence[SnapshotEntry]) -> Decision:
         temperature=choice.temperature,
         images=choice.images,
         among=[(entry.number, entry.sha256) for entry in entries],
+        threshold=threshold if len(members) > 1 else None,
     )
 
 

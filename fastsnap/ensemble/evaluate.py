@@ -35,7 +35,7 @@ from fastsnap.ensemble.worth import (
     member_cost,
 )
 from fastsnap.run_folder import RunError, RunFolder
-from fastsnap.run_schema import SnapshotEntry, check_plan
+from fastsnap.run_schema import Decision, SnapshotEntry, check_plan
 from fastsnap.training.ranks import Ranks
 
 BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
@@ -122,13 +122,16 @@ class Report:
             "all_against_last": asdict(self.metrics.all_against_last),
             "combine": self.metrics.combine,
             "worth": None if self.worth is None else self.worth.as_json(numbers),
-            "decision": None if self.choice is None else asdict(decision_of(self.choice, self.snapshots)),
+            "decision": None if self.choice is None else asdict(self._decision(self.choice)),
             "no_decision": self.no_choice or None,
             "analysis": None if self.analysis is None else self.analysis.as_json(),
             "against": None if self.against is None else self.against.as_json(),
             "line": None if self.line is None else asdict(self.line) | {"barrier": self.line.barrier},
             "seconds": self.seconds,
         }
+
+    def _decision(self, choice: Choice) -> Decision:
+        return decision_of(choice, self.snapshots, self.worth.threshold if self.worth else None)
 
 
 def _member_json(entry: SnapshotEntry, metrics: Metrics) -> dict[str, Any]:

@@ -123,24 +123,66 @@ class Ensemble(nn.Module):
 
     def traceable_logits(self, images: Images) -> Tensor:
         """As `member_logits`, without turning gradients off, which torch.export cannot keep."""
+        inputs = self._inputs(images)
+        if not torch.compiler.is_compiling() and not len(inputs):
+            return self.mean.new_empty((len(self.members), 0, len(self.classes)))
+        return self.logits_of_inputs(inputs)
+
+    def _inputs(self, images: Images) -> Tensor:
+        """Normalised, [N, C, H, W], of the networks' type."""
         pixels = self._pixels(images)
         normalised = torch.sub(pixels.flatten(2), self.mean).mul_(self.scale).view(pixels.shape)
-        inputs = normalised.permute(0, 3, 1, 2).to(next(self.networks.network.parameters()).dtype)
-        if not torch.compiler.is_compiling() and not len(pixels):
-            return normalised.new_empty((len(self.members), 0, len(self.classes)))
-        return self.logits_of_inputs(inputs)
+        return normalised.permute(0, 3, 1, 2).to(next(self.networks.network.parameters()).dtype)
 
     def logits_of_inputs(self, inputs: Tensor) -> Tensor:
         """Logits float32 [M, N, classes] of images that are normalised already: [N, C, H, W], of the networks' type."""
+        return torch.stack([self._member_logits(index, inputs) for index in range(len(self.members))])
+
+    def _member_logits(self, index: int, inputs: Tensor) -> Tensor:
+        """Of member `index` from 0, float32 [N, classes]."""
         dtype = AUTOCAST_DTYPES.get(self.precision)
-        logits = []
-        for index in range(len(self.members)):
-            # Entered anew for each member: autocast would keep the weights that it cast for another.
-            with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-                output = self.networks.take(index)(inputs)
-            # Not len(inputs): it would be a constant in an exported graph.
-            logits.append(logits_of(output, inputs.shape[0], len(self.classes)))
-        return torch.stack(logits)
+        # Entered anew for each member: autocast would keep the weights that it cast for another.
+        with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            output = self.networks.take(index)(inputs)
+        # Not len(inputs): it would be a constant in an exported graph.
+        return logits_of(output, inputs.shape[0], len(self.classes))
+
+    @torch.no_grad()
+    def in_turn(self, images: Images, threshold: float) -> tuple[Combination, Tensor]:
+        """A cascade: the newest member is asked first, those before it only while their average is unsure.
+
+        images     see `forward`
+        threshold  probability of the most probable class, at temperature 1, that is enough
+        Returns what the members say that were asked of each image, and how many these are, int64 [N]. Raises ValueError
+        as `forward` does.
+        """
+        inputs = self._inputs(images)
+        count, classes = len(inputs), len(self.classes)
+        total_NC = torch.zeros(count, classes, device=self.device)
+        logits_MNC = torch.zeros(len(self.members), count, classes, device=self.device)
+        asked_N = torch.zeros(count, dtype=torch.int64, device=self.device)
+        unsure, weight = torch.arange(count, device=self.device), 0.0
+        for index in range(len(self.members) - 1, -1, -1):
+            if not len(unsure):
+                break
+            logits_MNC[index, unsure] = self._member_logits(index, inputs[unsure])
+            total_NC[unsure] += self.weights[index] * logits_MNC[index, unsure].softmax(1)
+            weight += self.weights[index]
+            asked_N[unsure] += 1
+            # Not "< threshold": NaN is for `combine` to complain of.
+            unsure = unsure[~(total_NC[unsure].amax(1) / weight >= threshold)]
+        return self._combined_in_turn(logits_MNC, asked_N), asked_N
+
+    def _combined_in_turn(self, logits_MNC: Tensor, asked_N: Tensor) -> Combination:
+        """Of the last asked_N members of each image."""
+        whole = self.combine(logits_MNC[:, :0])
+        parts = Combination(*(value.new_empty((len(asked_N), *value.shape[1:])) for value in whole))
+        for asked in asked_N.unique().tolist():
+            chosen = asked_N == asked
+            said = combine(logits_MNC[-asked:, chosen], self.weights[-asked:], self.temperature)
+            for values, value in zip(parts, said, strict=True):
+                values[chosen] = value
+        return parts
 
     def _pixels(self, images: Images) -> Tensor:
         """uint8 [N, H, W, C] of the run's size, where the ensemble is."""
@@ -165,6 +207,7 @@ class Ensemble(nn.Module):
         *,
         batch_size: int = BATCH_SIZE,
         members: bool = False,
+        threshold: float | None = None,
         threads: int | None = None,
     ) -> Predictions:
         """What the ensemble says of pictures, on the CPU.
@@ -173,27 +216,40 @@ class Ensemble(nn.Module):
                     these; or uint8 [N, H, W, C], see `forward`
         batch_size  images per forward pass
         members     also keep each member's probabilities
+        threshold   ask the newest member first and others only below this confidence: see `in_turn`
         threads     that decode files; default: PyTorch's number
         Raises DamagedImage (a ValueError), which names the file, for one that cannot be decoded, and ValueError for
         other pixels than these. No image, no error: the result has length 0.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if threshold is not None and members:
+            raise ValueError(
+                "members and threshold exclude each other: not all members are asked of every image"
+            )
         if not isinstance(images, Tensor | np.ndarray) or images.ndim != 4:
             pictures = listed(images)
             batches = read_batches(
                 self.preprocessing, pictures, batch_size, threads or torch.get_num_threads()
             )
-            parts = [self.describe(_stacked(batch), members=members) for batch in batches]
+            parts = [
+                self.describe(_stacked(batch), members=members, threshold=threshold) for batch in batches
+            ]
         else:
             parts = [
-                self.describe(images[start : start + batch_size], members=members)
+                self.describe(images[start : start + batch_size], members=members, threshold=threshold)
                 for start in range(0, len(images), batch_size)
             ]
         return joined(parts) if parts else self.describe([], members=members)
 
-    def describe(self, images: Images, *, members: bool = False) -> Predictions:
-        """As `predict`, of what `forward` takes, in one forward pass."""
+    def describe(
+        self, images: Images, *, members: bool = False, threshold: float | None = None
+    ) -> Predictions:
+        """As `predict`, of what `forward` takes, in one forward pass of each member."""
+        if threshold is not None:
+            said, asked_N = self.in_turn(images, threshold)
+            values = {name: value.cpu() for name, value in said._asdict().items()}
+            return Predictions(self.classes, **values, asked=asked_N.cpu())
         logits_MNC = self.member_logits(images)
         combination = self.combine(logits_MNC)
         kept = torch.softmax(logits_MNC, 2).cpu() if members else None

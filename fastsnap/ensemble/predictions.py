@@ -17,6 +17,7 @@ class Predictions:
     mutual_information  float32 [N], in nats: the part of it that comes from the members' differing
     disagreement        float32 [N], part of the members, 0 to 1, that predict another class than the ensemble
     members             float32 [M, N, C], each member's probabilities; None unless asked for
+    asked               int64 [N], members that were asked of each image; None: all of them
     """
 
     classes: tuple[str, ...]
@@ -25,6 +26,7 @@ class Predictions:
     mutual_information: Tensor
     disagreement: Tensor
     members: Tensor | None = None
+    asked: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.probabilities)
@@ -47,6 +49,7 @@ class Predictions:
 def joined(parts: Sequence[Predictions]) -> Predictions:
     """One after the other; at least one."""
     kept = [part.members for part in parts if part.members is not None]
+    asked = [part.asked for part in parts if part.asked is not None]
     return Predictions(
         parts[0].classes,
         torch.cat([part.probabilities for part in parts]),
@@ -54,4 +57,5 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
         torch.cat([part.mutual_information for part in parts]),
         torch.cat([part.disagreement for part in parts]),
         torch.cat(kept, dim=1) if kept else None,
+        torch.cat(asked) if asked else None,
     )

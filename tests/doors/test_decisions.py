@@ -11,6 +11,7 @@ from PIL import Image
 from small_run import small_dataset, small_run
 
 import fastsnap
+from fastsnap.ensemble.cascade import answers, asked_in_turn
 from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.ensemble.inputs import load_data
 from fastsnap.ensemble_eval import main
@@ -211,3 +212,49 @@ def test_the_order_of_the_members_is_that_of_the_weights(tmp_path):
         folder.path, snapshots=[1, 3], weights=[0.9, 0.1], temperature=1.5, device="cpu"
     )
     assert_array_equal(found.numpy(), weighted.predict(images).probabilities.numpy())
+
+
+def test_a_cascade_predicts_what_the_table_says(tmp_path):
+    folder = small_run(tmp_path / "run", snapshots=3)
+    report = evaluate_run(folder, dataset=small_dataset(), device=CPU, precision="fp32")
+    weights = [0.5, 0.3, 0.2]
+    logits, labels = report.outputs.logits, report.outputs.labels
+    ensemble = fastsnap.load_ensemble(folder.path, weights=weights, temperature=1.3, device="cpu")
+    confidence = logits[-1].softmax(1).amax(1)
+    threshold = confidence.median().item() + 1e-4
+    expected = answers(asked_in_turn(logits, labels, weights), threshold)
+    found = ensemble.predict(small_dataset().test.images, threshold=threshold, batch_size=100)
+    assert found.asked.tolist() == expected.forwards.tolist()
+    assert len(set(found.asked.tolist())) > 1
+    assert found.probabilities.argmax(1).tolist() == expected.prediction.tolist()
+    # All members' say of those that all were asked of, temperature included.
+    whole = ensemble.predict(small_dataset().test.images)
+    everyone = found.asked == 3
+    for name in ("probabilities", "entropy", "mutual_information", "disagreement"):
+        torch.testing.assert_close(getattr(found, name)[everyone], getattr(whole, name)[everyone])
+    assert ensemble.predict(small_dataset().test.images, threshold=0.0).asked.unique().tolist() == [1]
+    assert ensemble.predict(small_dataset().test.images, threshold=1.1).asked.unique().tolist() == [3]
+    assert len(ensemble.predict(small_dataset().test.images[:0], threshold=0.5)) == 0
+    with pytest.raises(ValueError, match="members and threshold exclude each other"):
+        ensemble.predict(small_dataset().test.images, threshold=0.5, members=True)
+
+
+def test_the_command_line_asks_in_turn(tmp_path, capsys):
+    folder = small_run(tmp_path / "run", snapshots=3)
+    picture = tmp_path / "five.png"
+    write_picture(picture)
+    common = [str(folder.path), str(picture), "--device", "cpu", "--cascade"]
+    assert predict(common) == 2
+    assert "no threshold was decided" in capsys.readouterr().err
+    assert predict([*common, "0"]) == 0
+    assert "1.00 forward passes per image" in capsys.readouterr().err
+    assert predict([*common, "1.5"]) == 2
+    assert "--cascade must be from 0 to 1, got 1.5" in capsys.readouterr().err
+    assert main([str(folder.path), "--device", "cpu"]) == 0
+    content = json.loads((folder.path / "ensemble.json").read_text())
+    changed = {"snapshots": [2, 3], "weights": [0.5, 0.5], "threshold": 1.0}
+    folder.write_json("ensemble.json", content | {"decision": content["decision"] | changed})
+    capsys.readouterr()
+    assert predict(common) == 0
+    assert "2.00 forward passes per image" in capsys.readouterr().err
+    assert predict([*common, "--last", "2"]) == 2  # the threshold is of what was decided
