@@ -126,7 +126,13 @@ def load_data(config: TrainConfig, saved: dict[str, Any], console: Console) -> D
 
 
 def require_room(
-    config: TrainConfig, dataset: Dataset, folder: RunFolder, ranks: Ranks, *, restart: bool = False
+    config: TrainConfig,
+    dataset: Dataset,
+    folder: RunFolder,
+    ranks: Ranks,
+    teacher: Ensemble | None = None,
+    *,
+    restart: bool = False,
 ) -> None:
     """Raise ValueError, with the figures, for a run that memory or disk cannot hold: now rather than in some hours.
 
@@ -146,14 +152,19 @@ def require_room(
         room = Room(room.bytes // ranks.local_count, f"{room.reason} for each of {ranks.local_count} ranks")
     copied = dataset.train.nbytes if config.device == "cuda" else 0
     largest = -(-largest_batch(count, config.batch_size) // ranks.count)
-    require_training_memory(size, largest, room, half=config.precision != "fp32", copied=copied)
+    others = {"the running average of the weights": size.parameters} if config.ema else {}
+    if teacher is not None and keeps(dataset):
+        others["what the teacher says of all images"] = 4 * count * len(dataset.classes)
+    require_training_memory(
+        size, largest, room, half=config.precision != "fp32", copied=copied, others=others
+    )
     evaluation = evaluation_needs(
         size, BATCH_SIZE, len(dataset.test.labels), len(dataset.classes), config.cycles
     )
     require_memory("evaluating the snapshots", evaluation, room, "use fewer --cycles")
     if ranks.is_first:
         saved = 0 if restart else folder.bytes_of_tensors()
-        require_disk(size, folder.path, config.cycles, saved)
+        require_disk(size, folder.path, config.cycles, saved, averaged=bool(config.ema))
 
 
 def planned_steps(config: TrainConfig, dataset: Dataset) -> int:

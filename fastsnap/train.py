@@ -42,7 +42,7 @@ from fastsnap.device import choose_device, take_gpu
 from fastsnap.ensemble.evaluate import Report, assist_evaluation
 from fastsnap.ensemble.plots import figures_of
 from fastsnap.ensemble.report import report_run
-from fastsnap.ensemble.teaching import EnsembleTeacher
+from fastsnap.ensemble.teaching import EnsembleTeacher, has_seen_held_out
 from fastsnap.limits import format_bytes
 from fastsnap.nets import names
 from fastsnap.nets.build import SHORTENS
@@ -91,7 +91,7 @@ def train(
     # A finished run needs its teacher no more, which may be gone.
     teacher = load_teacher(config, dataset, told["saved"]) if unfinished else None
     if unfinished:
-        require_room(config, dataset, folder, ranks, restart=restart)
+        require_room(config, dataset, folder, ranks, teacher, restart=restart)
     # Of a run that has weights of its own, those that it began with may be gone.
     begins = ranks.is_first and (restart or not folder.bytes_of_tensors())
     initial = read_initial(config.initial) if config.initial is not None and begins else None
@@ -246,6 +246,11 @@ def _print_summary(
             f"{config.teacher}: {trainer.teacher}; {said}; weight {config.teacher_weight}, temperature "
             f"{config.teacher_temperature}"
         )
+        if config.teacher and has_seen_held_out(RunFolder(config.teacher).config(), dataset):
+            rows["teacher"] += (
+                "; note: it was trained on images that are held out here, which will flatter this run: give both runs "
+                "the same --validation and --seed"
+            )
     if trainer.validate is not None:
         rows["data"] += "; each snapshot is evaluated on those held out"
     for name, text in rows.items():

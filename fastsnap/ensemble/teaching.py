@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastsnap.data.fingerprint import fingerprint
 from fastsnap.data.plan import Pipeline
 from fastsnap.data.sources import Dataset
 from fastsnap.ensemble.combination import TINY
@@ -86,6 +89,16 @@ def _classes(teachers: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, tupl
 
 def _listed(values: tuple[object, ...]) -> str:
     return ", ".join(map(str, values))
+
+
+def has_seen_held_out(config: Mapping[str, Any], dataset: Dataset) -> bool:
+    """Whether the teacher, whose config.json this is, may have been trained on images held out of the student's
+    training: unless it held out the same.
+    """
+    if dataset.validation is None:
+        return False
+    own = fingerprint(dataset.validation)
+    return (config.get("fingerprints") or {}).get("validation") != own
 
 
 def digest_of(ensemble: Ensemble) -> str:

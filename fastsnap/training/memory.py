@@ -65,24 +65,31 @@ def _numbers(output: Any) -> int:
     return sum(map(_numbers, parts))
 
 
-def training_needs(size: Footprint, images: int, *, half: bool, copied: int = 0) -> dict[str, int]:
+def training_needs(
+    size: Footprint, images: int, *, half: bool, copied: int = 0, others: dict[str, int] | None = None
+) -> dict[str, int]:
     """Bytes of memory that training takes at its peak, by what they are for.
 
     images  in the largest batch
     half    whether the network's outputs have 16 bits instead of 32
     copied  bytes of the data set, where the device needs a copy of it
+    others  bytes of what else there is, by its name
     """
     own, number = size.parameters, HALF if half else FP32
     kept = math.ceil(SLACK * images * number * sum(size.outputs))
     gradients = own + (own // 2 if half else 0)  # and the weights in 16 bits
     saving = SAVED_COPIES * 2 * own - gradients - kept  # it comes between two steps, and takes what they left
     data = {"the data set": copied} if copied else {}
-    return data | {
-        "parameters and momentum": 2 * own,
-        "gradients": gradients,
-        f"what {images:,} images leave for the backward pass": kept,
-        "work space": _passing(size, images, number) + max(0, saving),
-    }
+    return (
+        data
+        | (others or {})
+        | {
+            "parameters and momentum": 2 * own,
+            "gradients": gradients,
+            f"what {images:,} images leave for the backward pass": kept,
+            "work space": _passing(size, images, number) + max(0, saving),
+        }
+    )
 
 
 def evaluation_needs(size: Footprint, batch: int, images: int, classes: int, members: int) -> dict[str, int]:
@@ -105,28 +112,37 @@ def _passing(size: Footprint, images: int, number: int) -> int:
 
 
 def require_training_memory(
-    size: Footprint, images: int, room: Room | None, *, half: bool, copied: int = 0
+    size: Footprint,
+    images: int,
+    room: Room | None,
+    *,
+    half: bool,
+    copied: int = 0,
+    others: dict[str, int] | None = None,
 ) -> None:
     """Raise ValueError, with the figures and what would fit, if training takes more than `room`. See training_needs."""
     if room is None:
         return
 
     def needs(count: int) -> dict[str, int]:
-        return training_needs(size, count, half=half, copied=copied)
+        return training_needs(size, count, half=half, copied=copied, others=others)
 
     most = bisect.bisect_right(range(1, images + 1), room.bytes, key=lambda count: sum(needs(count).values()))
     remedy = f"--batch-size {most:,} would fit, or a smaller --net" if most else "use a smaller --net"
     require_memory("training", needs(images), room, remedy)
 
 
-def require_disk(size: Footprint, folder: Path, snapshots: int, saved: int) -> None:
+def require_disk(
+    size: Footprint, folder: Path, snapshots: int, saved: int, *, averaged: bool = False
+) -> None:
     """Raise ValueError, with the figures, if `snapshots` and a checkpoint do not fit on the disk of `folder`.
 
     While a checkpoint is replaced, there are two of them.
-    saved  bytes of the run's snapshots and checkpoint that are there already
+    saved     bytes of the run's snapshots and checkpoint that are there already
+    averaged  whether there is a running average of the weights, in a file of its own and in the checkpoint
     """
     own, room = size.parameters, free_disk(folder)
-    needed = (snapshots + 2 * 2) * own + LOGS - saved
+    needed = (snapshots + 2 * 2 + (2 * 2 if averaged else 0)) * own + LOGS - saved
     if room and needed > room.bytes:
         raise ValueError(
             f"{snapshots:,} snapshots of {format_bytes(own)}, and a checkpoint twice as large of which there are two "

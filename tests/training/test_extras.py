@@ -298,6 +298,14 @@ def test_a_teacher_must_know_the_classes_and_the_images(teacher, tmp_path, capsy
     assert not (tmp_path / "x" / "config.json").exists()
 
 
+def test_a_teacher_that_has_seen_what_is_held_out_is_told(teacher, tmp_path, capsys):
+    flags = [*COMMON, "--epochs", "1", "--cycles", "1", "--teacher", str(teacher)]
+    assert main([*flags, "--seed", "5", "--out", str(tmp_path / "same")]) == 0
+    assert "held out here" not in " ".join(capsys.readouterr().out.split())
+    assert main([*flags, "--seed", "6", "--out", str(tmp_path / "other")]) == 0
+    assert "it was trained on images that are held out here" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_goes_on_only_with_the_teacher_that_it_began_with(teacher, tmp_path, capsys):
     trainer = make(tmp_path / "other", epochs=2)
     run(trainer)
