@@ -94,6 +94,8 @@ COMPILER := import os, sysconfig; print((os.environ.get('CXX') or sysconfig.get_
 	@echo "installing into .venv; torch and its CUDA libraries are several GB, which takes minutes on a slow connection"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dali,test,bench]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]' || \
+	  echo "without a browser (PySide6-WebEngine) here: the tests of report.html will be skipped"
 	touch $@
 
 clean:

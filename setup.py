@@ -110,15 +110,16 @@ setup(
         "lightning": LIGHTNING,
         "transformers": TRANSFORMERS,
         "tensorboard": TENSORBOARD,
+        # Without a window, for the tests of report.html; its wheels are not for every system.
+        "browser": ["PySide6-WebEngine>=6.12,<7"],
         "test": [
             *ONNX,
             *TIMM,
             *LIGHTNING,
             *TRANSFORMERS,
             *TENSORBOARD,
-            "pytest>=8,<10",
+            "pytest>=8.2,<10",
             "torchmetrics>=1,<2",
-            "PySide6-WebEngine>=6.12,<7",  # a browser without a window, for report.html
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
             "mypy==2.4.1",

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fastsnap.data.datasets import Dataset
-from fastsnap.ensemble.evaluate import BATCH_SIZE, evaluate_run
-from fastsnap.ensemble.forwards import Forwards, Passes
+from fastsnap.ensemble.evaluate import evaluate_run
+from fastsnap.ensemble.forwards import BATCH_SIZE, Forwards, Passes
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.ranks import Ranks
 from harness.measure import PROJECT, Result, Settings, alternate, compare

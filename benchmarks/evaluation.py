@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from fastsnap.data.datasets import Dataset
 from fastsnap.data.pipeline import make_pipeline
 from fastsnap.device import AUTOCAST_DTYPES
-from fastsnap.ensemble.evaluate import Report, evaluate_run
+from fastsnap.ensemble.evaluate import evaluate_run
+from fastsnap.ensemble.results import Report
 from fastsnap.run_folder import RunFolder
 from fastsnap.training.allocator import keep_freed_memory
 from harness.measure import PROJECT, Result, Settings, alternate, compare, not_installed

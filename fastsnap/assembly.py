@@ -20,7 +20,7 @@ from fastsnap.data.pipeline import choose_loader, make_pipeline
 from fastsnap.data.plan import Pipeline, largest_batch, training_steps
 from fastsnap.data.sources import Dataset, FileSet
 from fastsnap.device import choose_device, choose_precision, free_device_memory
-from fastsnap.ensemble.evaluate import BATCH_SIZE
+from fastsnap.ensemble.forwards import BATCH_SIZE
 from fastsnap.ensemble.inputs import evaluation_precision
 from fastsnap.ensemble.loading import load_ensemble
 from fastsnap.ensemble.module import Ensemble

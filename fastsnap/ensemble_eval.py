@@ -23,7 +23,8 @@ from fastsnap.data.folder import FOLDERS
 from fastsnap.device import choose_device, take_gpu
 from fastsnap.ensemble.against import FOLDER
 from fastsnap.ensemble.combining import COMBINATIONS, MEAN
-from fastsnap.ensemble.evaluate import BATCH_SIZE, assist_evaluation
+from fastsnap.ensemble.evaluate import assist_evaluation
+from fastsnap.ensemble.forwards import BATCH_SIZE
 from fastsnap.ensemble.inputs import SPLITS
 from fastsnap.ensemble.report import compare_runs, report_run
 from fastsnap.ensemble.views import MIRROR, ONE, TEN_CROP

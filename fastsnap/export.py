@@ -13,6 +13,7 @@ import torch
 
 from fastsnap import __version__
 from fastsnap.command_line import add_data, add_members, exit_status
+from fastsnap.ensemble.decision import read_decision
 from fastsnap.ensemble.exporting import (
     BOUNDS,
     FORMATS,
@@ -89,6 +90,13 @@ def _export(options: argparse.Namespace) -> int:
         )
     for line in _described(exported, len(ensemble.members), options.precision):
         print_line(console, line)
+    decision = read_decision(folder) if options.last is None and options.snapshots is None else None
+    if decision is not None:
+        print_line(
+            console,
+            f"snapshots, weights and temperature ({decision.temperature:.3g}) as decided on {decision.images:,} "
+            "held-out images; --snapshots all takes all alike",
+        )
     return 0
 
 

@@ -39,9 +39,10 @@ from fastsnap.config import TrainConfig, differences, parse_arguments
 from fastsnap.data.fingerprint import image_sets, require_same_images
 from fastsnap.data.sources import Dataset
 from fastsnap.device import choose_device, take_gpu
-from fastsnap.ensemble.evaluate import Report, assist_evaluation
+from fastsnap.ensemble.evaluate import assist_evaluation
 from fastsnap.ensemble.plots import figures_of
 from fastsnap.ensemble.report import report_run
+from fastsnap.ensemble.results import Report
 from fastsnap.ensemble.teaching import EnsembleTeacher, has_seen_held_out
 from fastsnap.limits import format_bytes
 from fastsnap.nets import names

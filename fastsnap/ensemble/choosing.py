@@ -5,7 +5,7 @@ are fitted on one half of the images and compared on the other; the way that is 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +13,11 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from fastsnap.ensemble.combination import TINY
+from fastsnap.ensemble.ways import harmful, label_log_probabilities, negative_log_likelihoods, ways_of
 from fastsnap.kernels.averaging import average_members
 
-ALL, LAST, SUBSET, GREEDY, WEIGHTED = "all", "last m", "subset", "greedy", "weighted"
-MOST_FOR_SUBSETS = 12  # members of which all subsets are tried: 4,095
-GREEDY_STEPS = 50  # members taken one after the other, each as often as it helps
-EM_STEPS, EM_GAP = 5000, 1e-6  # iterations at most, and nats from the optimum at which they end
-LEAST_WEIGHT = 1e-3  # below it a member is left out: it would cost a forward pass and change next to nothing
 TEMPERATURES = 0.05, 20.0  # within which the best one is looked for
 LEAST_IMAGES = 20  # held out, below which nothing is chosen
-TOO_SMALL = (
-    1e-290  # of a label's average probability, in parts of the best member's: fp64 soon has no digits left
-)
-Way = Callable[[Tensor], Tensor]
-ROWS_AT_ONCE = 256  # weightings, whose averages [rows, images] are in memory together
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ def choose(logits_MNC: Tensor, labels_N: Tensor) -> Choice:
     labels_N = labels_N.to(logits_MNC.device)
     first_N = halves(labels_N)
     log_MN = label_log_probabilities(logits_MNC, labels_N)
-    ways = _ways(members)
+    ways = ways_of(members)
     trials = {method: fit(log_MN[:, first_N]) for method, fit in ways.items()}
     half_nlls = {
         method: float(negative_log_likelihoods(weights[None], log_MN[:, ~first_N])[0])
@@ -119,14 +110,15 @@ def choose(logits_MNC: Tensor, labels_N: Tensor) -> Choice:
         (before, after),
         tuple(harmful(log_MN)),
         tuple(sorted(missing)),
-        tuple(_twins(logits_MNC)),
+        tuple(_twins(logits_MNC, log_MN)),
     )
 
 
-def _twins(logits_MNC: Tensor) -> list[int]:
+def _twins(logits_MNC: Tensor, log_MN: Tensor) -> list[int]:
     """Members that say exactly the same as an earlier one."""
     pairs = itertools.combinations(range(len(logits_MNC)), 2)
-    return sorted({later for earlier, later in pairs if torch.equal(logits_MNC[earlier], logits_MNC[later])})
+    alike = [pair for pair in pairs if torch.equal(*log_MN[list(pair)])]  # which is told with less to look at
+    return sorted({later for earlier, later in alike if torch.equal(logits_MNC[earlier], logits_MNC[later])})
 
 
 def halves(labels_N: Tensor) -> Tensor:
@@ -138,152 +130,6 @@ def halves(labels_N: Tensor) -> Tensor:
     # Classes alternate which half has the odd image, so that the halves are of one size where classes are small.
     first[order] = (torch.arange(len(ordered), device=labels_N.device) - starts + ordered) % 2 == 0
     return first
-
-
-def label_log_probabilities(logits_MNC: Tensor, labels_N: Tensor) -> Tensor:
-    """Each member's log-probability of each image's label, float64 [M, N], in nats."""
-    rows = []
-    for logits_NC in logits_MNC:
-        log_probabilities_NC = torch.log_softmax(logits_NC.float(), dim=1)
-        rows.append(log_probabilities_NC.gather(1, labels_N[:, None])[:, 0].double())
-    return torch.stack(rows).clamp_min(-torch.finfo(torch.float32).max)
-
-
-def negative_log_likelihoods(weights_SM: Tensor, log_MN: Tensor) -> Tensor:
-    """Mean NLL, float64 [S], nats, of the averages of members' probabilities with S weightings.
-
-    weights_SM  float64, >= 0, each row adding up to 1
-    log_MN      see label_log_probabilities
-    """
-    largest_N, scaled_MN = _scaled(log_MN)
-    parts = []
-    for weights in weights_SM.split(ROWS_AT_ONCE):
-        averages = weights @ scaled_MN
-        rows, images = torch.nonzero(averages < TOO_SMALL, as_tuple=True)
-        averages.log_()
-        if len(rows):
-            terms = log_MN[:, images] - largest_N[images] + weights[rows].T.log()
-            averages[rows, images] = torch.logsumexp(terms, 0)
-        parts.append(averages.mean(1))
-    return -(torch.cat(parts) + largest_N.mean())
-
-
-def _scaled(log_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each image [N], and probabilities in parts of it [M, N]: those of labels can be 1e-1000."""
-    largest_N = log_MN.amax(0)
-    return largest_N, (log_MN - largest_N).exp()
-
-
-# -- ways to choose: each takes log_MN and returns weights, float64 [M]
-
-
-def _ways(members: int) -> dict[str, Way]:
-    """By their names, the simplest first."""
-    if members == 1:
-        return {ALL: equal_weights}
-    ways: dict[str, Way] = {ALL: equal_weights, LAST: best_last}
-    if members <= MOST_FOR_SUBSETS:
-        ways[SUBSET] = best_subset
-    return ways | {GREEDY: greedy, WEIGHTED: convex_weights}
-
-
-def equal_weights(log_MN: Tensor) -> Tensor:
-    """All members alike."""
-    return log_MN.new_full((len(log_MN),), 1 / len(log_MN))
-
-
-def best_last(log_MN: Tensor) -> Tensor:
-    """The last m, for the m with the lowest NLL; of equal ones the smallest."""
-    members = len(log_MN)
-    weights_SM = log_MN.new_ones(members, members).triu().flip(0)
-    return _best(weights_SM, log_MN)
-
-
-def best_subset(log_MN: Tensor) -> Tensor:
-    """The subset with the lowest NLL of all 2^M - 1; of equal ones that of fewest members."""
-    return _best(_subsets(log_MN), log_MN)
-
-
-def _subsets(log_MN: Tensor) -> Tensor:
-    """0 or 1, float64 [2^M - 1, M]: fewer members first."""
-    members = len(log_MN)
-    sizes = range(1, members + 1)
-    chosen = [subset for size in sizes for subset in itertools.combinations(range(members), size)]
-    rows = torch.zeros(len(chosen), members, dtype=torch.float64)
-    for row, subset in zip(rows, chosen, strict=True):
-        row[list(subset)] = 1
-    return rows.to(log_MN.device)
-
-
-def _best(counts_SM: Tensor, log_MN: Tensor) -> Tensor:
-    weights_SM = counts_SM / counts_SM.sum(1, keepdim=True)
-    return weights_SM[negative_log_likelihoods(weights_SM, log_MN).argmin()]
-
-
-def greedy(log_MN: Tensor) -> Tensor:
-    """Forward selection with replacement: the member that helps most joins, again and again; the best of the way.
-
-    Caruana et al., Ensemble Selection from Libraries of Models (ICML 2004).
-    """
-    counts = log_MN.new_zeros(len(log_MN))
-    best, best_nll = counts, float("inf")
-    one_more_MM = torch.eye(len(log_MN), dtype=torch.float64, device=log_MN.device)
-    for size in range(1, GREEDY_STEPS + 1):
-        nlls = negative_log_likelihoods((counts + one_more_MM) / size, log_MN)
-        joining = int(nlls.argmin())
-        counts = counts + one_more_MM[joining]
-        if float(nlls[joining]) < best_nll:
-            best, best_nll = counts, float(nlls[joining])
-    return best / best.sum()
-
-
-def convex_weights(log_MN: Tensor) -> Tensor:
-    """The weights with the lowest NLL of all, by expectation-maximisation of a mixture whose parts are given.
-
-    The NLL is convex in them, and at any weights no more than EM_GAP above its minimum once no member's mean
-    responsibility per weight exceeds 1 by more.
-    """
-    _, scaled_MN = _scaled(log_MN)
-    weights = equal_weights(log_MN)
-    for _ in range(EM_STEPS):
-        factors = (scaled_MN / (weights @ scaled_MN).clamp_min(TOO_SMALL)).mean(1)
-        if float(factors.max()) <= 1 + EM_GAP:
-            break
-        weights = weights * factors
-    weights = torch.where(weights < LEAST_WEIGHT, 0.0, weights)
-    return weights / weights.sum()
-
-
-def harmful(log_MN: Tensor) -> list[int]:
-    """Members, from 0, that only harm: whatever they join, of all subsets, has a higher NLL then.
-
-    Of more than MOST_FOR_SUBSETS members: those that harm all the others together and get no weight.
-    """
-    members = len(log_MN)
-    if members == 1:
-        return []
-    if members > MOST_FOR_SUBSETS:
-        without_SM = log_MN.new_ones(members, members).fill_diagonal_(0) / (members - 1)
-        better = negative_log_likelihoods(without_SM, log_MN)
-        whole = negative_log_likelihoods(equal_weights(log_MN)[None], log_MN)
-        weights = convex_weights(log_MN)
-        return [index for index in range(members) if better[index] < whole and not weights[index]]
-    counts_SM = _subsets(log_MN)
-    weights_SM = counts_SM / counts_SM.sum(1, keepdim=True)
-    codes = (
-        (counts_SM @ (2.0 ** torch.arange(members, dtype=torch.float64).to(log_MN.device))).long().tolist()
-    )
-    nll_of = dict(zip(codes, negative_log_likelihoods(weights_SM, log_MN).tolist(), strict=True))
-    found = []
-    for index in range(members):
-        bit = 1 << index
-        pairs = [(nll_of[code], nll_of[code | bit]) for code in codes if not code & bit]
-        if all(joined > alone for alone, joined in pairs):
-            found.append(index)
-    return found
-
-
-# -- temperature
 
 
 def averaged_log_probabilities(logits_MNC: Tensor, weights: Sequence[float]) -> Tensor:

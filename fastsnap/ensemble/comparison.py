@@ -9,9 +9,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fastsnap.ensemble.choosing import ALL, averaged_log_probabilities
-from fastsnap.ensemble.evaluate import Report
+from fastsnap.ensemble.choosing import averaged_log_probabilities
 from fastsnap.ensemble.metrics import Difference, mean_difference
+from fastsnap.ensemble.results import Report
+from fastsnap.ensemble.ways import ALL
 from fastsnap.ensemble.worth import DECIDED, NEWEST, Cost
 from fastsnap.run_files import RunError
 

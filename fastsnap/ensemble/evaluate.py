@@ -2,143 +2,33 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsnap.data.datasets import Dataset
-from fastsnap.data.pipeline import make_pipeline
-from fastsnap.data.plan import Pipeline
-from fastsnap.data.sources import Source
 from fastsnap.device import choose_device
-from fastsnap.ensemble.against import Against
 from fastsnap.ensemble.analysis import Analysis, analyse
+from fastsnap.ensemble.averages import average_rows, training_batches
 from fastsnap.ensemble.cascade import choose_threshold
 from fastsnap.ensemble.choosing import Choice, averaged_log_probabilities, choose, reason_against
 from fastsnap.ensemble.combining import COMBINATIONS, MEAN
-from fastsnap.ensemble.decision import decision_of
-from fastsnap.ensemble.forwards import Forwards, OnMember, Passes
+from fastsnap.ensemble.forwards import BATCH_SIZE, Forwards, OnMember, Passes
 from fastsnap.ensemble.inputs import choose_snapshots, evaluation_precision, require_known_network
-from fastsnap.ensemble.metrics import MemberMetrics, Metrics, figures, measure_members
+from fastsnap.ensemble.metrics import measure_members
+from fastsnap.ensemble.results import Outputs, Report
 from fastsnap.ensemble.views import ONE
-from fastsnap.ensemble.weight_space import Line, WeightSpace, choose_soup, mean_nll, mean_of, measure_line
+from fastsnap.ensemble.weight_space import WeightSpace, choose_soup, mean_nll, measure_line
 from fastsnap.ensemble.worth import (
-    AVERAGE,
-    RUNNING,
-    SOUP,
     Comparison,
-    Row,
-    Worth,
     measure_worth,
     member_cost,
 )
 from fastsnap.run_folder import RunError, RunFolder
-from fastsnap.run_schema import Decision, SnapshotEntry, check_plan
+from fastsnap.run_schema import SnapshotEntry, check_plan
 from fastsnap.training.ranks import Ranks
-
-BATCH_SIZE = 250  # fastest of 64 to 1,000 for ResNet-20 on a CPU, where larger activations leave the cache
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Logits of the members for the images, float32 [M, N, C], their labels, int64 [N], the classes' names, and the
-    images themselves.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...]
-    images: Source
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run's snapshots are worth on one split, alone and together.
-
-    precision  of the forward passes: its name, why it was taken (precision_reason) and what the run was trained in
-               (trained_precision)
-    views      of each image, of which probabilities are averaged: see views.VIEWS
-    trained_mirrored  whether training saw mirror images
-    planned    snapshots that the finished run has; more than `saved` while it goes on
-    saved      snapshots in the run folder; more than `snapshots` holds if some were chosen
-    snapshots  those evaluated, in the order of the run
-    metrics    of these snapshots
-    worth      of each way to use them, on the test images; None on others
-    choice     made on the held-out images; None, and no_choice says why, where there is none
-    analysis   of what the members' outputs say besides
-    against    another data set, where it was asked for
-    line       of networks between two snapshots, where it was asked for
-    outputs    what the figures follow from, for pictures and further figures
-    seconds    wall-clock time of reading the snapshots, the forward passes and the averaging
-    """
-
-    run: str
-    net: str
-    dataset: str
-    split: str
-    images: int
-    classes: int
-    precision: str
-    precision_reason: str
-    trained_precision: str
-    device: str
-    views: str
-    trained_mirrored: bool
-    planned: int
-    saved: int
-    snapshots: tuple[SnapshotEntry, ...]
-    metrics: MemberMetrics
-    seconds: float
-    worth: Worth | None = None
-    choice: Choice | None = None
-    no_choice: str = ""
-    line: Line | None = None
-    analysis: Analysis | None = None
-    against: Against | None = None
-    outputs: Outputs | None = field(default=None, compare=False, repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """The content of ensemble.json; errors in percent."""
-        scalars = (
-            "run",
-            "net",
-            "dataset",
-            "split",
-            "images",
-            "precision",
-            "trained_precision",
-            "device",
-            "views",
-            "planned",
-        )
-        members = zip(self.snapshots, self.metrics.alone, strict=True)
-        numbers = [entry.number for entry in self.snapshots]
-        return {name: getattr(self, name) for name in scalars} | {
-            "members": [_member_json(entry, metrics) for entry, metrics in members],
-            "last_m": [{"m": m} | figures(row) for m, row in enumerate(self.metrics.last_m, start=1)],
-            "first_m": [{"m": m} | figures(row) for m, row in enumerate(self.metrics.first_m, start=1)],
-            "all_against_last": asdict(self.metrics.all_against_last),
-            "combine": self.metrics.combine,
-            "worth": None if self.worth is None else self.worth.as_json(numbers),
-            "decision": None if self.choice is None else asdict(self._decision(self.choice)),
-            "no_decision": self.no_choice or None,
-            "analysis": None if self.analysis is None else self.analysis.as_json(),
-            "against": None if self.against is None else self.against.as_json(),
-            "line": None if self.line is None else asdict(self.line) | {"barrier": self.line.barrier},
-            "seconds": self.seconds,
-        }
-
-    def _decision(self, choice: Choice) -> Decision:
-        return decision_of(choice, self.snapshots, self.worth.threshold if self.worth else None)
-
-
-def _member_json(entry: SnapshotEntry, metrics: Metrics) -> dict[str, Any]:
-    place = {name: getattr(entry, name) for name in ("cycle", "epoch", "step", "learning_rate", "train_loss")}
-    alone = figures(metrics)
-    del alone["mutual_information"], alone["disagreement"]  # 0 for a single network
-    return {"snapshot": entry.number} | place | alone
 
 
 def evaluate_run(
@@ -204,12 +94,11 @@ def evaluate_run(
         return Forwards(task, folder, dataset, data, device, ranks, check_memory=check_memory)
 
     def space(part: Forwards) -> WeightSpace:
-        return WeightSpace(part, folder, _training_batches(part, config["seed"]), computed.name)
+        return WeightSpace(part, folder, training_batches(part, config["seed"]), computed.name)
 
     start = time.perf_counter()
-    decided = Decided()
-    no_choice = _reason_against(config, split, combine)
-    if not no_choice:
+    decided = Decided(_reason_against(config, split, combine))
+    if not decided.why_not:
         part = forwards("validation", dataset)
         dataset = part.dataset
         decided = _decide(part, entries, on_member, space if averages else None)
@@ -225,7 +114,7 @@ def evaluate_run(
         comparison = Comparison(logits_MNC, labels_N, cost)
         worth = measure_worth(comparison, decided.choice, decided.threshold, decided.thresholds)
         if averages:
-            rows = _averages(space(part), comparison, folder, entries, decided.soup)
+            rows = average_rows(space(part), comparison, folder, entries, decided.soup)
             worth = replace(worth, rows=(*worth.rows, *rows))
     return Report(
         run=folder.path.resolve().name,
@@ -246,7 +135,7 @@ def evaluate_run(
         metrics=measure_members(logits_MNC, labels_N, combine),
         worth=worth,
         choice=decided.choice,
-        no_choice=no_choice,
+        no_choice=decided.why_not,
         line=measure_line(space(part), *ends) if ends else None,
         analysis=analysis_of(logits_MNC, labels_N, dataset.classes, decided.choice),
         outputs=Outputs(logits_MNC, labels_N, tuple(dataset.classes), part.images),
@@ -256,12 +145,13 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class Decided:
-    """On held-out images; nothing where there are none.
+    """On held-out images; or nothing, and why not.
 
     threshold, thresholds  of the cascade, and of its curve
     soup                   snapshots whose averaged weights did best
     """
 
+    why_not: str = ""
     choice: Choice | None = None
     threshold: float | None = None
     thresholds: Sequence[float] = ()
@@ -278,13 +168,16 @@ def _decide(
     labels_N = part.labels
     if not part.ranks.is_first:
         return Decided()
+    too_few = reason_against(len(labels_N), logits_MNC.shape[2])
+    if too_few:
+        return Decided(too_few)
     choice = choose(logits_MNC, labels_N)
     threshold, thresholds = choose_threshold(logits_MNC, labels_N, choice.taken.weights)
     soup: Sequence[SnapshotEntry] = ()
     if space is not None and len(entries) > 1:
         nlls = [mean_nll(logits_NC, labels_N) for logits_NC in logits_MNC]
         soup = choose_soup(space(part), entries, nlls)
-    return Decided(choice, threshold, thresholds, soup)
+    return Decided("", choice, threshold, thresholds, soup)
 
 
 def analysis_of(
@@ -301,54 +194,6 @@ def analysis_of(
 def is_last(choice: Choice | None) -> bool:
     """Whether the decision was for the last snapshot alone."""
     return choice is not None and choice.taken.members == [len(choice.taken.weights) - 1]
-
-
-def _training_batches(part: Forwards, seed: int) -> Pipeline:
-    """Of the training images as training saw them, for running statistics."""
-    dataset = part.dataset
-    return make_pipeline(
-        dataset.train,
-        batch_size=min(BATCH_SIZE, len(dataset.train.labels)),
-        mean=dataset.mean,
-        std=dataset.std,
-        device=part.device,
-        seed=seed,
-        augmentation=dataset.augmentation,
-    )
-
-
-def _averages(
-    space: WeightSpace,
-    comparison: Comparison,
-    folder: RunFolder,
-    entries: Sequence[SnapshotEntry],
-    soup: Sequence[SnapshotEntry],
-) -> list[Row]:
-    """Rows of networks whose weights are averages: of the last m for each m, of those chosen, of training's own."""
-    rows = []
-    count = len(entries)
-    for m in range(2, count + 1):
-        rows.append(_average_row(AVERAGE, space, comparison, entries, entries[-m:]))
-    if len(soup) > 1:
-        rows.append(_average_row(SOUP, space, comparison, entries, soup))
-    running = folder.average()
-    if running is not None:
-        logits_NC = space.logits([(running, 1.0)])
-        weights = [float(entry.number == running.number) for entry in entries]
-        rows.append(comparison.network(RUNNING, logits_NC, weights, space.forwards.seconds))
-    return rows
-
-
-def _average_row(
-    name: str,
-    space: WeightSpace,
-    comparison: Comparison,
-    entries: Sequence[SnapshotEntry],
-    chosen: Sequence[SnapshotEntry],
-) -> Row:
-    logits_NC = space.logits(mean_of(chosen))
-    weights = [1 / len(chosen) if entry in chosen else 0.0 for entry in entries]
-    return comparison.network(name, logits_NC, weights, space.forwards.seconds)
 
 
 def _ends(folder: RunFolder, numbers: Sequence[int] | None) -> list[SnapshotEntry]:
@@ -368,15 +213,14 @@ def _ends(folder: RunFolder, numbers: Sequence[int] | None) -> list[SnapshotEntr
 
 
 def _reason_against(config: dict[str, Any], split: str, combine: str) -> str:
-    """Why nothing is decided on held-out images, as a sentence's end; "": it is."""
+    """Why nothing is to be decided on held-out images, as a sentence's end; "": it is."""
     if split != "test":
         return f"the {split} images are what is reported"
     if combine != MEAN:
         return f"members are combined by {combine}, but predictions average their probabilities"
-    images = config["images"].get("validation", 0)
-    if not images:
+    if not config["images"].get("validation", 0):
         return "the run held no images out: train with --validation N"
-    return reason_against(images, config.get("classes") or 0) or ""
+    return ""
 
 
 def assist_evaluation(

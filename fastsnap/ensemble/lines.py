@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastsnap.ensemble.choosing import ALL, LAST
 from fastsnap.ensemble.combining import GEOMETRIC, MEAN, VOTE
 from fastsnap.ensemble.comparison import RunComparison, Spread
-from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.metrics import Difference, Metrics
+from fastsnap.ensemble.results import Report
+from fastsnap.ensemble.ways import ALL, LAST
 from fastsnap.ensemble.worth import AVERAGE, DECIDED, WAYS, Cost, Row, Worth
 
 METRIC_COLUMNS = ("error %", "top-5 %", "NLL", "ECE", "Brier")

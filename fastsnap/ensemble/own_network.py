@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from fastsnap.device import AUTOCAST_DTYPES
 from fastsnap.ensemble.cascade import choose_threshold
 from fastsnap.ensemble.choosing import choose, reason_against
-from fastsnap.ensemble.evaluate import Report, analysis_of
+from fastsnap.ensemble.evaluate import analysis_of
 from fastsnap.ensemble.forwards import load_member
 from fastsnap.ensemble.inputs import SPLITS, choose_snapshots, evaluation_precision
 from fastsnap.ensemble.metrics import measure_members
 from fastsnap.ensemble.outputs import logits_of
 from fastsnap.ensemble.report import publish
+from fastsnap.ensemble.results import Report
 from fastsnap.ensemble.views import ONE
 from fastsnap.ensemble.worth import Comparison, measure_worth, member_cost
 from fastsnap.printing import make_console

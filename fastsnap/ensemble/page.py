@@ -23,8 +23,9 @@ from fastsnap.data.decoding import centred, decode
 from fastsnap.data.sources import FileSet, Source
 from fastsnap.ensemble.analysis import Analysis
 from fastsnap.ensemble.choosing import averaged_log_probabilities
-from fastsnap.ensemble.evaluate import Report, is_last
+from fastsnap.ensemble.evaluate import is_last
 from fastsnap.ensemble.lines import Lines, gains_lines, last_m_lines, members_lines, worth_lines
+from fastsnap.ensemble.results import Report
 from fastsnap.ensemble.sentences import decision_texts, further_texts, summary
 
 TEMPLATE = Path(__file__).with_name("page.html")

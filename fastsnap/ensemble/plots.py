@@ -22,8 +22,8 @@ from fastsnap.ensemble.drawing import (
     save,
     tidy,
 )
-from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.figures import cascade_figure, line_figure, members_figure, reliability_figure
+from fastsnap.ensemble.results import Report
 from fastsnap.ensemble.views import ONE
 from fastsnap.ensemble.worth import DECIDED
 from fastsnap.kernels.schedule import Schedule

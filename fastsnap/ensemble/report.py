@@ -21,11 +21,13 @@ from fastsnap.ensemble.combination import combine
 from fastsnap.ensemble.combining import MEAN
 from fastsnap.ensemble.comparison import RunComparison, compare, require_comparable
 from fastsnap.ensemble.drawing import save
-from fastsnap.ensemble.evaluate import BATCH_SIZE, Report, evaluate_run
+from fastsnap.ensemble.evaluate import evaluate_run
+from fastsnap.ensemble.forwards import BATCH_SIZE
 from fastsnap.ensemble.lines import ranges
 from fastsnap.ensemble.loading import load_ensemble
 from fastsnap.ensemble.page import page
 from fastsnap.ensemble.plots import comparison_figure, figures_of, save_plots
+from fastsnap.ensemble.results import Report
 from fastsnap.ensemble.tables import print_comparison, print_report
 from fastsnap.ensemble.views import ONE
 from fastsnap.printing import OutputLost, print_line, write_output

@@ -3,9 +3,9 @@
 from fastsnap.ensemble.against import Against
 from fastsnap.ensemble.choosing import Choice
 from fastsnap.ensemble.combining import GEOMETRIC, VOTE
-from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.lines import gain_cells, ranges
 from fastsnap.ensemble.metrics import Difference
+from fastsnap.ensemble.results import Report
 from fastsnap.ensemble.worth import AVERAGE, SOUP, Row, Worth
 
 
@@ -46,7 +46,8 @@ def decision_texts(report: Report) -> list[str]:
         )
     twins = [numbers[member] for member in choice.equal]
     if twins:
-        texts.append(f"Snapshots {ranges(twins)} say the same as an earlier one: they are one network.")
+        subject = f"Snapshots {ranges(twins)} say" if len(twins) > 1 else f"Snapshot {twins[0]} says"
+        texts.append(f"{subject} exactly the same as an earlier one.")
     if choice.missing:
         texts.append(
             f"No image is held out of {len(choice.missing):,} of the {report.classes:,} classes: what was decided "

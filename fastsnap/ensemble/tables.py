@@ -6,7 +6,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fastsnap.ensemble.comparison import RunComparison
-from fastsnap.ensemble.evaluate import Report
 from fastsnap.ensemble.lines import (
     Lines,
     gains_lines,
@@ -17,6 +16,7 @@ from fastsnap.ensemble.lines import (
     runs_lines,
     worth_lines,
 )
+from fastsnap.ensemble.results import Report
 from fastsnap.ensemble.sentences import decision_texts, further_texts, summary
 from fastsnap.ensemble.views import ONE, VIEWS
 from fastsnap.printing import literal, print_line

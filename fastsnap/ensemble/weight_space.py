@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastsnap.data.plan import Pipeline
 from fastsnap.device import AUTOCAST_DTYPES
-from fastsnap.ensemble.choosing import label_log_probabilities
 from fastsnap.ensemble.forwards import Forwards
+from fastsnap.ensemble.ways import label_log_probabilities
 from fastsnap.run_folder import RunError, RunFolder
 from fastsnap.run_schema import SnapshotEntry
 from fastsnap.snapshot import load_plain

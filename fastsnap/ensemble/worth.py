@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsnap.ensemble.cascade import CascadePoint, answers, asked_in_turn, curve
-from fastsnap.ensemble.choosing import ALL, GREEDY, LAST, SUBSET, WEIGHTED, Choice, averaged_log_probabilities
+from fastsnap.ensemble.choosing import Choice, averaged_log_probabilities
 from fastsnap.ensemble.combining import GEOMETRIC, VOTE, combined_statistics
 from fastsnap.ensemble.metrics import (
     Difference,
@@ -22,6 +22,7 @@ from fastsnap.ensemble.metrics import (
     mean_difference,
     summarise,
 )
+from fastsnap.ensemble.ways import ALL, GREEDY, LAST, SUBSET, WEIGHTED
 from fastsnap.kernels.averaging import average_members
 from fastsnap.kernels.averaging_reference import EnsembleStatistics
 

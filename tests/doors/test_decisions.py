@@ -106,7 +106,9 @@ def test_commands_take_the_decision_unless_told_otherwise(trained, tmp_path, cap
     ):
         out = tmp_path / f"{members}-{len(arguments)}-{arguments[-1:]}.safetensors"
         assert export([str(trained), "--format", "safetensors", "--out", str(out), *arguments]) == 0
-        assert f"{members} members" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert f"{members} members" in text
+        assert ("as decided on 200 held-out images" in text) == (not arguments)
     picture = tmp_path / "five.npy.png"
     write_picture(picture)
     rows = []

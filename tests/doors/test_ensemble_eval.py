@@ -14,9 +14,10 @@ from rich.console import Console
 from small_run import small_dataset, small_run
 
 from fastsnap.data.fingerprint import fingerprints
-from fastsnap.ensemble.evaluate import Report, evaluate_run
+from fastsnap.ensemble.evaluate import evaluate_run
 from fastsnap.ensemble.metrics import Difference
 from fastsnap.ensemble.report import file_suffix, report_run
+from fastsnap.ensemble.results import Report
 from fastsnap.ensemble.sentences import summary
 from fastsnap.ensemble.tables import print_report
 from fastsnap.ensemble_eval import main

@@ -11,21 +11,23 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import log_loss
 
 from fastsnap.ensemble.choosing import (
-    GREEDY_STEPS,
-    LEAST_WEIGHT,
     averaged_log_probabilities,
-    best_last,
-    best_subset,
     best_temperature,
     choose,
+    halves,
+    tempered_nll,
+)
+from fastsnap.ensemble.ways import (
+    GREEDY_STEPS,
+    LEAST_WEIGHT,
+    best_last,
+    best_subset,
     convex_weights,
     equal_weights,
     greedy,
-    halves,
     harmful,
     label_log_probabilities,
     negative_log_likelihoods,
-    tempered_nll,
 )
 
 EXACT = 1e-9  # nats, of sums in fp64
