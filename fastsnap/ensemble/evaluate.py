@@ -46,6 +46,7 @@ def evaluate_run(
     averages: bool = False,
     interpolate: Sequence[int] | None = None,
     on_member: OnMember | None = None,
+    say: Callable[[str], object] = str,
     check_memory: bool = True,
     ranks: Ranks | None = None,
 ) -> Report:
@@ -63,6 +64,7 @@ def evaluate_run(
     averages    also evaluate averages of the snapshots' weights, and the running average that training kept
     interpolate  numbers of two snapshots, to evaluate networks on the line between them
     on_member   called before each member's forward passes
+    say         is told what else is computed
     check_memory  False for a process that has just trained: what it keeps for itself counts as taken, and it asked
                 before it began
     ranks       that share the images, where this is the first of them; the others call `assist_evaluation`
@@ -94,7 +96,7 @@ def evaluate_run(
         return Forwards(task, folder, dataset, data, device, ranks, check_memory=check_memory)
 
     def space(part: Forwards) -> WeightSpace:
-        return WeightSpace(part, folder, training_batches(part, config["seed"]), computed.name)
+        return WeightSpace(part, folder, training_batches(part, config["seed"]), computed.name, say)
 
     start = time.perf_counter()
     decided = Decided(_reason_against(config, split, combine))

@@ -64,6 +64,7 @@ def report_run(
         report = evaluate_run(
             folder,
             on_member=lambda entry: status.update(f"evaluating snapshot {entry.number}"),
+            say=status.update,
             precision=precision,
             **options,
         )

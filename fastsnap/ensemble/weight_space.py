@@ -4,7 +4,7 @@ Running statistics of BatchNorm belong to the weights that they were gathered wi
 gathered anew over training images (Izmailov et al., Averaging Weights Leads to Wider Optima, 2018, section 3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,10 +94,18 @@ class WeightSpace:
     """What networks in between say of the images of a split, in the network of `forwards`.
 
     training  batches of training images as training saw them
+    say       is told what is computed, since it takes as long as evaluating a snapshot
     """
 
-    def __init__(self, forwards: Forwards, folder: RunFolder, training: Pipeline, precision: str) -> None:
-        self.forwards, self._folder = forwards, folder
+    def __init__(
+        self,
+        forwards: Forwards,
+        folder: RunFolder,
+        training: Pipeline,
+        precision: str,
+        say: Callable[[str], object] = str,
+    ) -> None:
+        self.forwards, self._folder, self._say = forwards, folder, say
         self._training, self._precision = training, precision
 
     def logits(self, parts: Sequence[tuple[SnapshotEntry, float]], *, gathered: bool = True) -> Tensor:
@@ -105,13 +113,14 @@ class WeightSpace:
 
         gathered  whether running statistics are gathered for them, instead of mixed
         """
+        names = ", ".join(str(entry.number) for entry, _ in parts)
+        self._say(f"mixing the weights of snapshots {names}" if len(parts) > 1 else "the running average")
         network = self.forwards.network
         load_plain(network, mixed_state(self._folder, parts))
         if gathered:
             gather_statistics(network, self._training, STATISTICS_IMAGES, self._precision)
         logits_NC = self.forwards.own_logits()
         if not torch.isfinite(logits_NC).all():
-            names = ", ".join(str(entry.number) for entry, _ in parts)
             raise RunError(
                 f"the mixed weights of snapshots {names} give NaN or infinite logits: leave one out"
             )
