@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OPTIONAL = {
     *("nvidia.dali", "matplotlib.pyplot"),
-    *("onnx", "onnxruntime", "timm", "lightning", "transformers", "accelerate"),
+    *("onnx", "onnxruntime", "timm", "lightning", "transformers", "accelerate", "tensorboard"),
 }
 
 
@@ -102,6 +102,7 @@ def test_the_wheel_ships_the_kernels_as_fastsnap_kernels_and_no_package_called_k
     for file in (ROOT / "fastsnap").rglob("*.py"):
         assert str(file.relative_to(ROOT)) in names
     assert "fastsnap/py.typed" in names  # type checkers then read the annotations
+    assert "fastsnap/ensemble/page.html" in names
 
 
 WITHOUT_A_COMPILER = """

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastsnap.ensemble.metrics import ECE_BINS
 
 RISKS = (0.01, 0.05, 0.1)  # error rates of what is answered, for which the coverage is told
+AT_ONCE = 2**22  # fp64 numbers [members, images, classes]: 32 MB
 PAIRS = 10  # of classes, most often confused
 
 
@@ -166,13 +167,15 @@ def coverage_at(curve_N: Tensor, risk: float) -> float:
 
 def correlations(logits_MNC: Tensor) -> Tensor:
     """Pearson's correlation of the softmax outputs of each two members, float64 [M, M]."""
-    centred = []
-    for logits_NC in logits_MNC:
-        values = torch.softmax(logits_NC.float(), 1).double().flatten()
-        values = values - values.mean()
-        centred.append(values / values.norm().clamp_min(torch.finfo(torch.float64).tiny))
-    stacked = torch.stack(centred)
-    return (stacked @ stacked.T).clamp(-1, 1)
+    members, _, classes = logits_MNC.shape
+    products = torch.zeros(members, members, dtype=torch.float64, device=logits_MNC.device)
+    # Some images at a time: in fp64, all of them would take twice what the logits take.
+    for part in logits_MNC.split(max(1, AT_ONCE // (members * classes)), dim=1):
+        # Probabilities of C classes have the mean 1 / C.
+        centred = (torch.softmax(part.float(), 2).double() - 1 / classes).flatten(1)
+        products += centred @ centred.T
+    lengths = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return (products / lengths / lengths[:, None]).clamp(-1, 1)
 
 
 def disagreements(logits_MNC: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsnap.ensemble.choosing import of_members
 from fastsnap.kernels.averaging import average_members
 from fastsnap.kernels.averaging_reference import EnsembleStatistics
 
@@ -75,7 +76,7 @@ def asked_in_turn(logits_MNC: Tensor, labels_N: Tensor, weights: Sequence[float]
     """Of the averages of the last m of the members that have weight, for m = 1 to all of these."""
     members = [member for member, weight in enumerate(weights) if weight]
     counting = [weights[member] for member in members]
-    return average_members(logits_MNC[members], labels_N, order="last", weights=counting)
+    return average_members(of_members(logits_MNC, members), labels_N, order="last", weights=counting)
 
 
 def choose_threshold(

@@ -135,11 +135,16 @@ def halves(labels_N: Tensor) -> Tensor:
 def averaged_log_probabilities(logits_MNC: Tensor, weights: Sequence[float]) -> Tensor:
     """Of the members with weight, averaged: the logarithm, float32 [N, C]."""
     members = [member for member, weight in enumerate(weights) if weight]
-    statistics = average_members(
-        logits_MNC[members], weights=[weights[member] for member in members], probabilities=True
-    )
+    counting = [weights[member] for member in members]
+    statistics = average_members(of_members(logits_MNC, members), weights=counting, probabilities=True)
     assert statistics.probabilities is not None
     return statistics.probabilities.clamp_min(TINY).log()
+
+
+def of_members(logits_MNC: Tensor, members: Sequence[int]) -> Tensor:
+    """Of some of them, in ascending order; where they are in a row, in the same memory, which is much."""
+    first, last = members[0], members[-1]
+    return logits_MNC[first : last + 1] if last - first + 1 == len(members) else logits_MNC[list(members)]
 
 
 def tempered_nll(log_NC: Tensor, labels_N: Tensor, temperature: float) -> float:

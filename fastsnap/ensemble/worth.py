@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsnap.ensemble.cascade import CascadePoint, answers, asked_in_turn, curve
-from fastsnap.ensemble.choosing import Choice, averaged_log_probabilities
+from fastsnap.ensemble.choosing import Choice, averaged_log_probabilities, of_members
 from fastsnap.ensemble.combining import GEOMETRIC, VOTE, combined_statistics
 from fastsnap.ensemble.metrics import (
     Difference,
     Metrics,
     error_difference,
+    expected_calibration_error,
     figures,
     mean_difference,
     summarise,
@@ -176,7 +177,8 @@ class Comparison:
         """The weighted average of the members."""
         members = [member for member, weight in enumerate(weights) if weight]
         counting = [weights[member] for member in members]
-        statistics = average_members(self.logits_MNC[members], self.labels_N, order="first", weights=counting)
+        chosen_MNC = of_members(self.logits_MNC, members)
+        statistics = average_members(chosen_MNC, self.labels_N, order="first", weights=counting)
         if temperature == 1:
             return self.row(name, statistics, weights)
         plain = summarise(statistics, self.labels_N)[-1]
@@ -197,17 +199,20 @@ class Comparison:
         return self.row(name, statistics, weights, cost=own.times(1, 1))
 
     def cascade(self, threshold: float, weights: Sequence[float], statistics: EnsembleStatistics) -> Row:
-        """See cascade.answers, of statistics of the members with `weights` asked in turn; of its calibration only what
-        the answers say.
-        """
+        """See cascade.answers, of statistics of the members with `weights` asked in turn."""
         found = answers(statistics, threshold)
         members = tuple(member for member, weight in enumerate(weights) if weight)
+        correct_N = found.prediction == self.labels_N
         nothing = math.nan
         metrics = Metrics(
-            100 * (found.prediction != self.labels_N).double().mean().item(),
-            nothing,
-            found.nll.double().mean().item(),
-            *[nothing] * 5,
+            error=100 * (~correct_N).double().mean().item(),
+            top5_error=nothing,
+            nll=found.nll.double().mean().item(),
+            ece=expected_calibration_error(found.confidence[None], correct_N[None]).item(),
+            brier=nothing,
+            entropy=nothing,
+            mutual_information=nothing,
+            disagreement=nothing,
         )
         return Row(
             CASCADE,

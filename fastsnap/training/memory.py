@@ -23,6 +23,7 @@ SAVED_COPIES = 3  # of a checkpoint's tensors, at once, while it is hashed and w
 PASSING_OUTPUTS = 4  # of the size of the largest, which live only while a layer is computed
 LIBRARIES = 50 * 10**6  # bytes that oneDNN, cuDNN and the pipeline take at the first step
 STATISTICS = 100  # bytes per image and ensemble, while the metrics are computed
+COMPARING = 8  # numbers per image and class, while ways to combine the snapshots are compared
 LOGS = 2 * 10**6  # bytes of plots, tables and JSON on disk
 
 
@@ -103,6 +104,8 @@ def evaluation_needs(size: Footprint, batch: int, images: int, classes: int, mem
         "a network and its file": 3 * size.parameters,
         f"forward passes of {batch:,} images": _passing(size, batch, FP32),
         f"logits of {members:,} snapshots for {images:,} images": FP32 * members * images * classes,
+        # Probabilities of all images at once, and the logits of those that are chosen.
+        "comparing what they give": FP32 * (members + COMPARING) * images * classes,
         "statistics": STATISTICS * members * images,
     }
 
